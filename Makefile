@@ -1,0 +1,35 @@
+# Every target does its own set-up (dev/bootstrap.py): a virtual environment in .venv with pinned packages, a ComfyUI
+# host in .dev (or the one COMFYUI_DIR names), and this checkout installed as lora_loom. All are safe to repeat.
+
+# the first Python that really runs (shims of absent versions do not), is new enough and can make environments
+USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
+	$$p -c '$(USABLE)' 2>/dev/null && command -v $$p && break; done)
+RUN = "$(CURDIR)/.venv/bin/python"
+
+.PHONY: setup test lint demo bench soak clean
+
+setup:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer with venv found: install one, or make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) dev/bootstrap.py
+
+lint: setup
+	$(RUN) -m ruff check .
+	@mkdir -p .dev/types && ln -sfn ../.. .dev/types/lora_loom
+	$(RUN) -m mypy -p lora_loom.kernels -p lora_loom.training -p lora_loom.host -p lora_loom.nodes
+
+test: lint
+	$(RUN) -m pytest
+
+demo: setup
+	$(RUN) dev/demo.py
+
+bench: setup
+	$(RUN) bench/train_step.py
+
+soak: setup
+	$(RUN) dev/soak.py
+
+clean:
+	rm -rf .venv .dev .mypy_cache .pytest_cache .ruff_cache .hypothesis lora_loom.egg-info node.zip
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,69 @@
+"""Run the shipped example workflows again and again on one server, and watch its memory.
+
+``python dev/soak.py --minutes 20``: a table line for each round (workflow, seconds, the server's memory in MiB), every
+round with other seeds, so that nothing comes from the cache. Ends with 1 when a workflow fails or when the server has
+grown by more than ``--allowed-growth`` MiB since it was warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from live_server import ROOT, Server, live_server
+
+WARM_ROUNDS = 3
+
+
+def memory_mib(server: Server) -> float:
+    """Resident memory of the server's process."""
+    return psutil.Process(server.process.pid).memory_info().rss / 2**20
+
+
+def reseed(prompt: dict, seed: int) -> dict:
+    """The same prompt with another seed wherever there is one."""
+    for node in prompt.values():
+        for name in ("seed", "noise_seed", "run_name"):
+            value = node["inputs"].get(name)
+            if isinstance(value, int):
+                node["inputs"][name] = seed
+            elif isinstance(value, str):
+                node["inputs"][name] = f"soak-{seed}"
+    return prompt
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workflows", nargs="*", type=Path, help="workflow files (default: all that are shipped)")
+    parser.add_argument("--minutes", type=float, default=float(os.environ.get("SOAK_MINUTES", 20)))
+    parser.add_argument("--input", type=Path, help="a folder to serve as the server's input folder")
+    parser.add_argument("--allowed-growth", type=float, default=200.0, metavar="MIB")
+    options = parser.parse_args()
+    paths = options.workflows or sorted((ROOT / "example_workflows").glob("*.json"))
+    if not paths:
+        parser.error("there is no workflow to run: name one, or add one to example_workflows")
+    arguments = ["--input-directory", str(options.input.resolve())] if options.input else []
+    memory: list[float] = []
+    with live_server(arguments=arguments) as server:
+        prompts = {path.stem: server.prompt_of(json.loads(path.read_text(encoding="utf-8"))) for path in paths}
+        deadline = time.monotonic() + 60 * options.minutes
+        while time.monotonic() < deadline or len(memory) <= WARM_ROUNDS:
+            for name, prompt in prompts.items():
+                began = time.monotonic()
+                server.run(reseed(prompt, len(memory)))
+                print(f"{len(memory):4d}  {name:32s} {time.monotonic() - began:8.1f} s", flush=True)
+            memory.append(memory_mib(server))
+            print(f"{len(memory) - 1:4d}  memory {memory[-1]:.0f} MiB", flush=True)
+    growth = memory[-1] - memory[WARM_ROUNDS]
+    print(f"grown by {growth:.0f} MiB in {len(memory) - 1 - WARM_ROUNDS} rounds after warm-up")
+    return int(growth > options.allowed_growth)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

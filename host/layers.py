@@ -1,0 +1,105 @@
+"""The host's layers as frozen layers: its own forward, its own cast, nothing saved.
+
+``HostLayer`` decides afresh at every call: a weight that lies resident in the compute dtype is used as it is; one that
+the host casts on use, keeps offloaded, manages dynamically, patches on the fly or holds quantised is asked for again
+through the host's own cast, and given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ..kernels.frozen import ConvGeometry, frozen_conv, frozen_linear, frozen_other
+from ..kernels.lora import LoRA
+from ..training.inplace import latest
+
+
+def is_host_layer(module: nn.Module) -> bool:
+    """True for layers whose weights the host may cast on use."""
+    return hasattr(module, "comfy_cast_weights")
+
+
+def conv_geometry(module: nn.Module) -> ConvGeometry | None:
+    """How a convolution walks; None for everything else, and for those whose input gradient takes another road."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or isinstance(module.padding, str):
+        return None
+    if module.padding_mode != "zeros":
+        return None
+    return ConvGeometry(tuple(module.stride), tuple(module.padding), tuple(module.dilation), module.groups)
+
+
+class HostLayer:
+    """One layer on loan; hung into ``module.forward`` for the time of a loan. See ``kernels.frozen.FrozenLayer``."""
+
+    def __init__(self, module: nn.Module, adapter: LoRA | None = None, gate: Any = None) -> None:
+        self.module, self.adapter, self.gate = module, adapter, gate
+        self.geometry = conv_geometry(module)
+        # the host's quantised linear is not a torch one
+        self.is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+        self.host_forward = module.forward
+        self.had_own_forward = "forward" in module.__dict__
+
+    # -- what kernels.frozen asks for
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.host_forward(x, *args, **kwargs)
+
+    @contextmanager
+    def weight(self, like: Tensor) -> Iterator[Tensor]:
+        if self._resident(like):
+            yield self.module.weight
+            return
+        weight, bias, stream = comfy.ops.cast_bias_weight(self.module, like, offloadable=True)
+        try:
+            # a quantised weight reports the dtype it stands for; products with a gradient need it dense
+            dense = weight if type(weight) in (Tensor, nn.Parameter) else weight.dequantize().to(like.dtype)
+            smoothing = getattr(self.module, "pre_quant_scale", None)  # the host multiplies the input with it
+            yield dense if smoothing is None else dense * smoothing.to(like.device, like.dtype)
+        finally:
+            comfy.ops.uncast_bias_weight(self.module, weight, bias, stream)
+
+    def _resident(self, like: Tensor) -> bool:
+        module = self.module
+        weight = module.weight
+        return (
+            not module.comfy_cast_weights
+            and not module.weight_function
+            and not module.bias_function
+            and type(weight) in (Tensor, nn.Parameter)
+            and weight.dtype == like.dtype
+            and weight.device == like.device
+        )
+
+    # -- what hangs on the module
+
+    def hung_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = latest(x)
+        if self.adapter is not None and self.gate.open():
+            return self.adapter.on(x, self)
+        if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
+            return self.host_forward(x, *args, **kwargs)
+        if self.module.weight is None or (self._resident(x) and not self.module.weight.requires_grad):
+            return self.host_forward(x, *args, **kwargs)
+        if self.is_linear:
+            return frozen_linear(x, self)
+        if self.geometry is not None:
+            return frozen_conv(x, self)
+        return frozen_other(x, self, *args, **kwargs)
+
+    def hang(self) -> None:
+        self.module.__dict__["forward"] = self.hung_forward
+
+    def remove(self) -> None:
+        """Put the forward back, unless somebody has replaced ours meanwhile."""
+        if self.module.__dict__.get("forward") != self.hung_forward:
+            return
+        if self.had_own_forward:
+            self.module.__dict__["forward"] = self.host_forward
+        else:
+            del self.module.__dict__["forward"]

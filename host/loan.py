@@ -1,0 +1,171 @@
+"""Borrow the model the graph has loaded, train beside its weights, give it back as it was.
+
+``borrow(patcher, …)`` is one ``with``:
+
+* the host loads the model (its own memory management, the right weight patches on);
+* plain resident parameters and buffers are replaced by aliases over the same storage, because autograd refuses the
+  tensors that loaders make under inference mode; it costs no memory and no copy;
+* every layer the host may cast, move or dequantise on use is asked through ``HostLayer``; adapters hang there;
+* blocks that write in place are made safe, and checkpointed where wanted; the host's training flag is set;
+* on every way out all of it is taken back. Slots that still hold an alias get their original tensor, slots the host
+  has rewritten meanwhile (patches, unloading) keep what it wrote, and backups that hold an alias get the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from ..kernels.blocks import block_map
+from ..kernels.lora import LoRA
+from ..training.checkpointing import block_modules, guarded
+from .layers import HostLayer, is_host_layer
+
+
+@dataclass
+class Loan:
+    """A model on loan: ``model`` is the host's BaseModel. Adapters act while ``using`` is entered, and in backward."""
+
+    model: nn.Module
+    device: torch.device
+    _open: bool = False
+
+    def open(self) -> bool:
+        """Whether adapters act now; the host's own sampling inside a loan sees the untouched model."""
+        return self._open or torch.is_grad_enabled()
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        before, self._open = self._open, True
+        try:
+            yield
+        finally:
+            self._open = before
+
+
+@contextmanager
+def borrow(
+    patcher: Any, adapters: Mapping[str, LoRA] | None = None, checkpoint: bool = False, memory_required: float = 0
+) -> Iterator[Loan]:
+    """Lend ``patcher``'s model for training, with ``adapters`` (module path → adapter) hanging on its layers.
+
+    ``memory_required`` is what training needs beside the weights, in bytes. Raises KeyError for a path that names no
+    layer. Inside, autograd is on and inference mode is off.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
+        model = patcher.model
+        loan = Loan(model, patcher.load_device)
+        stack.enter_context(_training_flag())
+        stack.enter_context(_aliased(model, patcher))
+        stack.enter_context(_hung(model.diffusion_model, adapters or {}, loan))
+        stack.enter_context(guarded(block_modules(_blocks(model)), checkpoint))
+        yield loan
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [model.get_submodule(path) for block in block_map(model) for path in block.modules]
+
+
+@contextmanager
+def _training_flag() -> Iterator[None]:
+    """Newer hosts choose differentiable kernels by a process-wide flag."""
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before = management.in_training
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = before
+
+
+@contextmanager
+def _hung(network: nn.Module, adapters: Mapping[str, LoRA], loan: Loan) -> Iterator[None]:
+    prefix = "diffusion_model."
+    modules = dict(network.named_modules())
+    missing = [path for path in adapters if path.removeprefix(prefix) not in modules]
+    if missing:
+        raise KeyError(f"this model has no layer {missing[0]} (and {len(missing) - 1} more)")
+    layers = [
+        HostLayer(module, adapters.get(prefix + name), loan) for name, module in modules.items() if is_host_layer(module)
+    ]
+    try:
+        for layer in layers:
+            layer.hang()
+        yield
+    finally:
+        for layer in layers:
+            layer.remove()
+
+
+@dataclass
+class _Slot:
+    """One place in the module tree that holds an alias of ``original``."""
+
+    holder: dict[str, Any]
+    name: str
+    original: Tensor
+    alias: Tensor
+
+
+@contextmanager
+def _aliased(model: nn.Module, patcher: Any) -> Iterator[None]:
+    slots: list[_Slot] = []
+    memo: dict[int, Tensor] = {}  # tied tensors stay tied
+    try:
+        for module in model.diffusion_model.modules():
+            if hasattr(module, "_v"):  # dynamically managed by the host: its weights are never resident
+                continue
+            for holder in (module._parameters, module._buffers):
+                for name, tensor in holder.items():
+                    if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+                        continue
+                    if id(tensor) not in memo:
+                        memo[id(tensor)] = _alias(tensor)
+                    slots.append(_Slot(holder, name, tensor, memo[id(tensor)]))
+        for slot in slots:
+            slot.holder[slot.name] = slot.alias
+        yield
+    finally:
+        _give_back(slots, patcher)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """A normal tensor over the same storage; the caller has inference mode off."""
+    bare = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    bare.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+
+
+def _give_back(slots: list[_Slot], patcher: Any) -> None:
+    originals = {id(slot.alias): slot.original for slot in slots}
+    for slot in slots:
+        if slot.holder.get(slot.name) is not slot.alias:
+            continue  # the host has put something else there, and means it
+        _follow(slot.original, slot.alias)
+        slot.holder[slot.name] = slot.original
+    backup = patcher.backup
+    for key, entry in list(backup.items()):
+        original = originals.get(id(getattr(entry, "weight", None)))
+        if original is not None:
+            backup[key] = entry._replace(weight=original)
+
+
+def _follow(original: Tensor, alias: Tensor) -> None:
+    """The host moves a model by rewriting ``.data``; what it did to the alias is done to the original."""
+    same = original.data_ptr() == alias.data_ptr() and original.dtype == alias.dtype
+    if same and original.device == alias.device:
+        return
+    with torch.inference_mode(original.is_inference()):
+        original.data = alias.data

@@ -1,0 +1,138 @@
+"""Layers whose weights are borrowed: used forward and backward, never saved by autograd.
+
+* ``FrozenLayer``: what a borrowed layer offers (its own forward, and its dense weight for the time of one product).
+* ``frozen_linear``, ``frozen_conv``, ``frozen_other``: differentiable with respect to the input only.
+
+A host may cast, move or evict a weight between forward and backward, or reuse the buffer a cast went into. So the
+graph holds the *layer*: backward asks it for the weight again and gives it back at once. No copy of a weight outlives
+a single product.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution walks over its input; one entry per spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.stride)
+
+
+class FrozenLayer(Protocol):
+    """A layer on loan. ``geometry`` is None for everything but convolutions."""
+
+    geometry: ConvGeometry | None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The owner's own forward."""
+        ...
+
+    def weight(self, like: Tensor) -> AbstractContextManager[Tensor]:
+        """The dense weight in ``like``'s dtype and device, valid inside the ``with`` only."""
+        ...
+
+
+def conv_input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    """∂L/∂x of ``y = conv(x, weight)`` for an input of ``shape``; the input itself is not needed."""
+    placeholder = grad.new_empty(1).expand(shape)
+    return _conv_backward(grad, placeholder, weight, geometry, (True, False))[0]
+
+
+def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, input_too: bool):
+    """(∂L/∂x or None, ∂L/∂weight) of ``y = conv(x, weight)``."""
+    return _conv_backward(grad, x, weight, geometry, (input_too, True))
+
+
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: tuple[bool, bool]):
+    zeros = [0] * geometry.dimensions
+    gradients = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        zeros,
+        geometry.groups,
+        [*wanted, False],
+    )
+    return gradients[0], gradients[1]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """y = x Wᵀ + b; saves nothing."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: FrozenLayer) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return layer.forward(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.to(ctx.dtype)
+        with ctx.layer.weight(grad) as weight:
+            return grad @ weight, None
+
+
+class _FrozenConv(torch.autograd.Function):
+    """y = conv(x, W) + b; saves the input's shape."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: FrozenLayer) -> Tensor:
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        return layer.forward(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.to(ctx.dtype)
+        with ctx.layer.weight(grad) as weight:
+            return conv_input_gradient(grad, ctx.shape, weight, ctx.layer.geometry), None
+
+
+class _FrozenOther(torch.autograd.Function):
+    """Any other layer (norms, …): saves the input and runs the owner's forward once more in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: FrozenLayer, args: tuple, kwargs: dict) -> Tensor:
+        ctx.layer, ctx.args, ctx.kwargs = layer, args, kwargs
+        ctx.save_for_backward(x)
+        return layer.forward(x, *args, **kwargs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            again = x.detach().requires_grad_(True)
+            y = ctx.layer.forward(again, *ctx.args, **ctx.kwargs)
+        return torch.autograd.grad(y, again, grad)[0], None, None, None
+
+
+def frozen_linear(x: Tensor, layer: FrozenLayer) -> Tensor:
+    """x (…, in) → (…, out)."""
+    return _FrozenLinear.apply(x, layer)
+
+
+def frozen_conv(x: Tensor, layer: FrozenLayer) -> Tensor:
+    """x (B, in, *space) → (B, out, *space')."""
+    return _FrozenConv.apply(x, layer)
+
+
+def frozen_other(x: Tensor, layer: FrozenLayer, *args: Any, **kwargs: Any) -> Tensor:
+    """Any shape; only ``x`` is differentiated."""
+    return _FrozenOther.apply(x, layer, args, kwargs)

@@ -1,0 +1,97 @@
+"""Run a block that writes in place as if it did not.
+
+Several hosts' transformer blocks say ``img += …`` or ``x.addcmul_(…)``. Autograd then refuses to differentiate them,
+or, where a checkpoint recomputes from inputs that have changed meanwhile, silently returns wrong gradients.
+
+``OutOfPlace`` intercepts torch's own functions: every in-place operation makes a new tensor instead, and whoever uses
+the old tensor later, inside the same ``with``, is given the new one. Inputs of the block are left as they were.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_map_only
+
+_ASSIGNMENTS = {
+    "__iadd__": torch.add,
+    "__isub__": torch.sub,
+    "__imul__": torch.mul,
+    "__itruediv__": torch.div,
+}
+# end in an underscore, change no values
+_HARMLESS = {"requires_grad_", "retain_grad", "detach_", "share_memory_", "__setstate__"}
+
+
+_active = threading.local()  # autograd recomputes on threads of its own
+
+
+def latest(tensor: Tensor) -> Tensor:
+    """What ``tensor`` has become inside the ``OutOfPlace`` around the caller.
+
+    Torch's functions ask by themselves; custom autograd Functions, which no function mode sees, have to.
+    """
+    for mode in getattr(_active, "modes", ()):
+        tensor = mode.outcome(tensor)
+    return tensor
+
+
+class OutOfPlace(TorchFunctionMode):
+    """``seen`` counts the operations that were made out of place; ``outcome`` follows a tensor to its latest value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self._latest: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []  # an id is only good while its tensor lives
+
+    def __enter__(self) -> OutOfPlace:
+        if not hasattr(_active, "modes"):
+            _active.modes = []
+        _active.modes.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _active.modes.remove(self)
+
+    def outcome(self, value: Any) -> Any:
+        """``value`` with every tensor replaced by what it became."""
+        return tree_map_only(Tensor, self._current, value) if self._latest else value
+
+    def _current(self, tensor: Tensor) -> Tensor:
+        while id(tensor) in self._latest:
+            tensor = self._latest[id(tensor)]
+        return tensor
+
+    def _became(self, old: Tensor, new: Tensor) -> None:
+        self._kept.append(old)
+        self._latest[id(old)] = new
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        original = args[0] if args else None  # before it is followed to what it became: its identity is the key
+        args, kwargs = self.outcome(args), self.outcome(kwargs or {})
+        name = func.__name__
+        if not isinstance(original, Tensor) or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if name in _ASSIGNMENTS and not kwargs:
+            result = _ASSIGNMENTS[name](*args)
+        elif name == "__setitem__":
+            result = args[0].clone()
+            func(result, *args[1:], **kwargs)
+        elif name.endswith("_") and not name.startswith("__") and name not in _HARMLESS and _is_method(func):
+            result = func(args[0].clone(), *args[1:], **kwargs)
+        else:
+            return func(*args, **kwargs)
+        self.seen += 1
+        self._became(original, result)
+        return result
+
+
+def _is_method(func: Any) -> bool:
+    return (resolve_name(func) or "").startswith(("torch.Tensor.", "torch._C.TensorBase."))
+
