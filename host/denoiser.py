@@ -71,10 +71,11 @@ def _plain(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def prediction_of(model: nn.Module) -> Prediction:
-    """The space the model predicts in, from its sampling object (including one set by a ModelSampling node)."""
-    sampling, kinds = model.model_sampling, comfy.model_sampling
-    refused = [getattr(kinds, name) for name in ("EDM", "X0", "COSMOS_RFLOW", "V_PREDICTION_DDPM") if hasattr(kinds, name)]
+def prediction_of(sampling: nn.Module) -> Prediction:
+    """The space a model predicts in, from its sampling object (which a ModelSampling node may have set)."""
+    kinds = comfy.model_sampling
+    unsupported = ("EDM", "X0", "IMG_TO_IMG_FLOW", "COSMOS_RFLOW", "V_PREDICTION_DDPM")
+    refused = [getattr(kinds, name) for name in unsupported if hasattr(kinds, name)]
     if isinstance(sampling, tuple(refused)) or getattr(sampling, "noise_scale", 1.0) != 1.0:
         raise UnsupportedModelError(
             f"models with {type(sampling).__mro__[1].__name__} sampling cannot be trained yet; "
@@ -113,7 +114,7 @@ class HostDenoiser:
 
     def __init__(self, loan: Loan) -> None:
         self.loan, self.model = loan, loan.model
-        self.prediction = prediction_of(loan.model)
+        self.prediction = prediction_of(loan.model.model_sampling)
 
     def noise_levels(self, times: Tensor) -> Tensor:
         """σ for positions in [0, 1): the table entry of a discrete model, the position itself of a flow."""

@@ -35,9 +35,12 @@ def conv_geometry(module: nn.Module) -> ConvGeometry | None:
 
 
 class HostLayer:
-    """One layer on loan; hung into ``module.forward`` for the time of a loan. See ``kernels.frozen.FrozenLayer``."""
+    """One layer on loan; hung into ``module.forward`` for its time. See ``kernels.frozen.FrozenLayer``.
 
-    def __init__(self, module: nn.Module, adapter: LoRA | None = None, gate: Any = None) -> None:
+    ``gate.open()`` says whether adapters act now, ``gate.check()`` raises where the weights are no longer those lent.
+    """
+
+    def __init__(self, module: nn.Module, adapter: LoRA | None, gate: Any) -> None:
         self.module, self.adapter, self.gate = module, adapter, gate
         self.geometry = conv_geometry(module)
         # the host's quantised linear is not a torch one
@@ -52,6 +55,7 @@ class HostLayer:
 
     @contextmanager
     def weight(self, like: Tensor) -> Iterator[Tensor]:
+        self.gate.check()
         if self._resident(like):
             yield self.module.weight
             return
@@ -81,6 +85,7 @@ class HostLayer:
     def hung_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = latest(x)
         if self.adapter is not None and self.gate.open():
+            self.gate.check()
             return self.adapter.on(x, self)
         if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
             return self.host_forward(x, *args, **kwargs)

@@ -8,7 +8,9 @@
 * every layer the host may cast, move or dequantise on use is asked through ``HostLayer``; adapters hang there;
 * blocks that write in place are made safe, and checkpointed where wanted; the host's training flag is set;
 * on every way out all of it is taken back. Slots that still hold an alias get their original tensor, slots the host
-  has rewritten meanwhile (patches, unloading) keep what it wrote, and backups that hold an alias get the original.
+  has rewritten meanwhile (patches, unloading) keep what it wrote, and backups that hold an alias get the original;
+* if the host puts other weights into the model during a loan (a preview with another LoRA), the next forward takes the
+  loan anew, and a backward that is under way stops with ``WeightsChangedError`` before it can be wrong.
 """
 
 from __future__ import annotations
@@ -28,20 +30,49 @@ from ..training.checkpointing import block_modules, guarded
 from .layers import HostLayer, is_host_layer
 
 
-@dataclass
+class WeightsChangedError(RuntimeError):
+    """The host exchanged the weights between a forward and its backward."""
+
+
 class Loan:
     """A model on loan: ``model`` is the host's BaseModel. Adapters act while ``using`` is entered, and in backward."""
 
-    model: nn.Module
-    device: torch.device
-    _open: bool = False
+    def __init__(self, patcher: Any, memory_required: float) -> None:
+        self.patcher, self.memory_required = patcher, memory_required
+        self.model: nn.Module = patcher.model
+        self.device: torch.device = patcher.load_device
+        self._open = False
+        self._slots: list[_Slot] = []
 
     def open(self) -> bool:
         """Whether adapters act now; the host's own sampling inside a loan sees the untouched model."""
         return self._open or torch.is_grad_enabled()
 
+    def take(self) -> None:
+        """Let the host load the model with this patcher's patches, and put aliases over its weights."""
+        with torch.inference_mode():  # as the host itself does: outside it cannot put back what loaders have made
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=self.memory_required)
+        self._slots = _slots(self.model.diffusion_model)
+        for slot in self._slots:
+            slot.holder[slot.name] = slot.alias
+
+    def give_back(self) -> None:
+        slots, self._slots = self._slots, []
+        _give_back(slots, self.patcher)
+
+    def check(self) -> None:
+        """Raises WeightsChangedError where the model holds other weights than those that were lent."""
+        loaded = self.model.current_weight_patches_uuid
+        if loaded != self.patcher.patches_uuid and (loaded is not None or self.patcher.patches):
+            raise WeightsChangedError(
+                "the host loaded other weights in the middle of a training step; run previews between steps"
+            )
+
     @contextmanager
     def using(self) -> Iterator[None]:
+        if self.model.current_weight_patches_uuid != self.patcher.patches_uuid:
+            self.give_back()
+            self.take()
         before, self._open = self._open, True
         try:
             yield
@@ -61,13 +92,12 @@ def borrow(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
-        model = patcher.model
-        loan = Loan(model, patcher.load_device)
+        loan = Loan(patcher, memory_required)
+        stack.callback(loan.give_back)
+        loan.take()
         stack.enter_context(_training_flag())
-        stack.enter_context(_aliased(model, patcher))
-        stack.enter_context(_hung(model.diffusion_model, adapters or {}, loan))
-        stack.enter_context(guarded(block_modules(_blocks(model)), checkpoint))
+        stack.enter_context(_hung(loan.model.diffusion_model, adapters or {}, loan))
+        stack.enter_context(guarded(block_modules(_blocks(loan.model)), checkpoint))
         yield loan
 
 
@@ -98,7 +128,9 @@ def _hung(network: nn.Module, adapters: Mapping[str, LoRA], loan: Loan) -> Itera
     if missing:
         raise KeyError(f"this model has no layer {missing[0]} (and {len(missing) - 1} more)")
     layers = [
-        HostLayer(module, adapters.get(prefix + name), loan) for name, module in modules.items() if is_host_layer(module)
+        HostLayer(module, adapters.get(prefix + name), loan)
+        for name, module in modules.items()
+        if is_host_layer(module)
     ]
     try:
         for layer in layers:
@@ -119,33 +151,32 @@ class _Slot:
     alias: Tensor
 
 
-@contextmanager
-def _aliased(model: nn.Module, patcher: Any) -> Iterator[None]:
+def _slots(network: nn.Module) -> list[_Slot]:
     slots: list[_Slot] = []
     memo: dict[int, Tensor] = {}  # tied tensors stay tied
-    try:
-        for module in model.diffusion_model.modules():
-            if hasattr(module, "_v"):  # dynamically managed by the host: its weights are never resident
-                continue
-            for holder in (module._parameters, module._buffers):
-                for name, tensor in holder.items():
-                    if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-                        continue
-                    if id(tensor) not in memo:
-                        memo[id(tensor)] = _alias(tensor)
-                    slots.append(_Slot(holder, name, tensor, memo[id(tensor)]))
-        for slot in slots:
-            slot.holder[slot.name] = slot.alias
-        yield
-    finally:
-        _give_back(slots, patcher)
+    for module in network.modules():
+        if hasattr(module, "_v"):  # dynamically managed by the host: its weights are never resident
+            continue
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+                    continue
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = _alias(tensor)
+                slots.append(_Slot(holder, name, tensor, memo[id(tensor)]))
+    return slots
 
 
 def _alias(tensor: Tensor) -> Tensor:
     """A normal tensor over the same storage; the caller has inference mode off."""
-    bare = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    bare.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    bare = _over_the_same_storage(tensor)
     return nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+
+
+def _over_the_same_storage(tensor: Tensor) -> Tensor:
+    """Normal outside inference mode, an inference tensor inside; a view or ``.data`` would stay what it is."""
+    bare = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return bare.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def _give_back(slots: list[_Slot], patcher: Any) -> None:
@@ -167,5 +198,5 @@ def _follow(original: Tensor, alias: Tensor) -> None:
     same = original.data_ptr() == alias.data_ptr() and original.dtype == alias.dtype
     if same and original.device == alias.device:
         return
-    with torch.inference_mode(original.is_inference()):
-        original.data = alias.data
+    with torch.inference_mode(original.is_inference()):  # the two kinds must not be mixed in one tensor
+        original.data = _over_the_same_storage(alias)

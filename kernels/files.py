@@ -17,6 +17,7 @@ import io
 import json
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -104,6 +105,22 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     path = _checked(path)
     with open(path, "rb") as file:
         return _metadata_of(file, path.name)
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """What a LoRA reacts to: its trigger phrase, or else the tags that most of its captions share (in 60 % or more)."""
+    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
+    if phrase:
+        return [phrase]
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        images = int(metadata.get("ss_num_train_images", 0))
+    except ValueError:
+        return []
+    counts: Counter[str] = Counter()
+    for tags in folders.values() if isinstance(folders, dict) else ():
+        counts.update({tag.strip(): count for tag, count in tags.items() if isinstance(count, int)})
+    return [tag for tag, count in counts.most_common() if images and count >= 0.6 * images]
 
 
 def to_state_dict(adapters: Mapping[str, LoRA], name_of: Callable[[str], str]) -> dict[str, Tensor]:

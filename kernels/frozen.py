@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -46,18 +47,43 @@ class FrozenLayer(Protocol):
         ...
 
 
-def conv_input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    """∂L/∂x of ``y = conv(x, weight)`` for an input of ``shape``; the input itself is not needed."""
+def conv_input_gradient(shape: torch.Size, geometry: ConvGeometry, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """∂L/∂x for an input of ``shape`` of y = Σ conv(x, Wᵢ), from pairs (∂L/∂conv(x, Wᵢ), Wᵢ); x is not needed."""
+    (grad, weight), *others = parts
+    if _as_product(grad, weight, geometry):
+        # columns (N, in·kernel, positions) = Σ Wᵢᵀ gradᵢ; fold adds up what overlaps
+        columns = torch.matmul(weight.flatten(1).T, grad.flatten(2))
+        for other_grad, other in others:
+            columns.baddbmm_(other.flatten(1).T.expand(len(grad), -1, -1), other_grad.flatten(2))
+        if columns.numel() == shape.numel():
+            return columns.view(shape)
+        return F.fold(columns, shape[2:], weight.shape[2:], geometry.dilation, geometry.padding, geometry.stride)
     placeholder = grad.new_empty(1).expand(shape)
-    return _conv_backward(grad, placeholder, weight, geometry, (True, False))[0]
+    total = conv_gradients(grad, placeholder, weight, geometry, (True, False))[0]
+    for other_grad, other in others:
+        total.add_(conv_gradients(other_grad, placeholder, other, geometry, (True, False))[0])
+    return total
 
 
-def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, input_too: bool):
-    """(∂L/∂x or None, ∂L/∂weight) of ``y = conv(x, weight)``."""
-    return _conv_backward(grad, x, weight, geometry, (input_too, True))
+def _as_product(grad: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Where one matrix product beats the convolution library, measured on CPUs (figures in dev/LOG.md).
+
+    That is 1×1 kernels, and weights much larger than what they work on: the library reorders the weight every time.
+    """
+    if grad.device.type != "cpu" or grad.dtype not in (torch.float32, torch.float64):
+        return False
+    if geometry.dimensions != 2 or geometry.groups != 1:
+        return False
+    if geometry.stride == (1, 1) and geometry.padding == (0, 0) and weight.shape[2:] == (1, 1):
+        return True
+    positions = grad.numel() // grad.shape[1]
+    return weight[0].numel() >= 32 * positions
 
 
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: tuple[bool, bool]):
+def conv_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """(∂L/∂x, ∂L/∂weight) of ``y = conv(x, weight)``; what is not ``wanted`` is None."""
     zeros = [0] * geometry.dimensions
     gradients = torch.ops.aten.convolution_backward(
         grad,
@@ -102,7 +128,7 @@ class _FrozenConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad = grad.to(ctx.dtype)
         with ctx.layer.weight(grad) as weight:
-            return conv_input_gradient(grad, ctx.shape, weight, ctx.layer.geometry), None
+            return conv_input_gradient(ctx.shape, ctx.layer.geometry, (grad, weight)), None
 
 
 class _FrozenOther(torch.autograd.Function):

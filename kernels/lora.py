@@ -136,7 +136,7 @@ class _ConvWithLoRA(torch.autograd.Function):
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, layer: FrozenLayer) -> Tensor:
         y = layer.forward(x)
         hidden = _convolve(x, down.to(x.dtype), layer.geometry)
-        y.add_(_pointwise(up.flatten(1).to(x.dtype), hidden), alpha=scale)
+        _add_pointwise(y, up.flatten(1).to(x.dtype), hidden, scale)
         ctx.layer, ctx.scale = layer, scale
         ctx.save_for_backward(x, hidden, down, up)
         return y
@@ -148,11 +148,11 @@ class _ConvWithLoRA(torch.autograd.Function):
         grad = grad.to(x.dtype)
         grad_hidden = _pointwise(up.flatten(1).T.to(x.dtype), grad).mul_(ctx.scale)
         grad_up = torch.bmm(grad.flatten(2), hidden.flatten(2).transpose(1, 2)).sum(0).mul_(ctx.scale)
-        branch_x, grad_down = conv_gradients(grad_hidden, x, down.to(x.dtype), geometry, needs_x)
-        grad_x = None
+        a, grad_x = down.to(x.dtype), None
+        grad_down = conv_gradients(grad_hidden, x, a, geometry, (False, True))[1]
         if needs_x:
             with ctx.layer.weight(grad) as weight:
-                grad_x = conv_input_gradient(grad, x.shape, weight, geometry).add_(branch_x)
+                grad_x = conv_input_gradient(x.shape, geometry, (grad, weight), (grad_hidden, a))
         return grad_x, grad_down.to(down.dtype), grad_up.to(up.dtype).view(up.shape), None, None
 
 
@@ -167,3 +167,11 @@ def _convolve(x: Tensor, kernel: Tensor, geometry: ConvGeometry) -> Tensor:
 def _pointwise(matrix: Tensor, x: Tensor) -> Tensor:
     """A 1×1 convolution: (out, in) · (N, in, *space) → (N, out, *space)."""
     return torch.matmul(matrix, x.flatten(2)).view(x.shape[0], matrix.shape[0], *x.shape[2:])
+
+
+def _add_pointwise(y: Tensor, matrix: Tensor, x: Tensor, scale: float) -> None:
+    """y += scale · (matrix · x), in place."""
+    if y.is_contiguous():
+        y.flatten(2).baddbmm_(matrix.expand(len(x), -1, -1), x.flatten(2), alpha=scale)
+    else:
+        y.add_(_pointwise(matrix, x), alpha=scale)

@@ -1,1 +1,32 @@
-"""The node classes."""
+"""What the user sees: one file per room, one class per node."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .applying import LoomLoRALoaderAdvanced
+from .dataset import LoomDatasetLoader
+from .files import LoomSaveLoRA
+from .settings import (
+    LoomAdapterSettings,
+    LoomObjectiveSettings,
+    LoomOptimizerSettings,
+    LoomPreviewSettings,
+    LoomRunSettings,
+)
+from .training import LoomLoRATrainer
+
+NODES: list[type[io.ComfyNode]] = [
+    LoomDatasetLoader,
+    LoomLoRATrainer,
+    LoomAdapterSettings,
+    LoomOptimizerSettings,
+    LoomObjectiveSettings,
+    LoomRunSettings,
+    LoomPreviewSettings,
+    LoomSaveLoRA,
+    LoomLoRALoaderAdvanced,
+]
+
+
+class Extension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

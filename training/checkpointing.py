@@ -33,7 +33,7 @@ def block_modules(blocks: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _inner_stack(module: nn.Module) -> list[nn.Module]:
-    """A deep child (ten transformer layers in one) is guarded layer by layer, or its recomputation would be the peak."""
+    """A deep child (ten transformer layers) is guarded layer by layer, or recomputing it would be the peak."""
     for child in module.children():
         if type(child) is nn.ModuleList and len(child) > 1 and all(any(True for _ in c.children()) for c in child):
             return list(child)

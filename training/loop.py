@@ -93,6 +93,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half_precision)
         self.step_number = 0
         self.losses: list[float] = []
+        self.intact = True  # False while the optimizer is writing: what it leaves behind then is neither old nor new
         self._before_last_step = [tensor.detach().clone() for tensor in self.parameters]
 
     @property
@@ -121,8 +122,10 @@ class Trainer:
         with torch.no_grad():
             for kept, tensor in zip(self._before_last_step, self.parameters, strict=True):
                 kept.copy_(tensor)
+        self.intact = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.intact = True
         self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
         self.losses.append(total / micro_steps)

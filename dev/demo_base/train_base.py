@@ -9,6 +9,7 @@ moving average of the weights, in half precision.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -21,8 +22,9 @@ sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, (ROOT / ".dev" / "host-path").read_text())
 
 import numpy as np  # noqa: E402
-import run_host  # noqa: E402
 import torch  # noqa: E402
+
+import run_host  # noqa: E402
 
 run_host.prepare_imports()
 import comfy.options  # noqa: E402
@@ -34,13 +36,14 @@ host_args.cpu = True
 host_args.use_pytorch_cross_attention = True
 import comfy.ops  # noqa: E402
 import comfy.sd1_clip  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
 import host_extension  # noqa: E402
 from drawings import BACKGROUNDS, KNOWN_CLASSES, caption, draw  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 
 SIZE = 32
 BATCH = 32
-STEPS = 3200
+STEPS = 2600
 LEARNING_RATE = 1.5e-3
 WARM_UP = 100
 EMA = 0.998
@@ -124,7 +127,7 @@ def make_batch(step: int, captions: Captions) -> tuple[torch.Tensor, torch.Tenso
 
 def learning_rate(step: int) -> float:
     warm = min(1.0, (step + 1) / WARM_UP)
-    return LEARNING_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / STEPS)))
+    return LEARNING_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
 
 
 def write_checkpoint(weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lora_loom.host.denoiser import HostDenoiser
-from lora_loom.host.loan import borrow
 
 import tiny
+from lora_loom.host.denoiser import HostDenoiser
+from lora_loom.host.loan import borrow
 from training import adapters_for, loss_of, samples_for
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux", "hunyuan_video")

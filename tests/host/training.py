@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+
+import tiny
 from lora_loom.host.denoiser import Conditioning, HostDenoiser
 from lora_loom.host.loan import borrow
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.lora import LoRA
 from lora_loom.training.objective import sample_losses
-
-import tiny
 
 
 def adapters_for(patcher, preset="full", conv=True, rank=3, seed=0, dtype=torch.float32, filled=True):

@@ -1,0 +1,98 @@
+"""Time and memory of one training step, against the bare work that no trainer can avoid.
+
+The unit is the *frozen* pass: the host's own UNet (SD1.5 topology, random weights, batch 1), forward with plain autograd
+and backward to its input only. Everything else is a whole step: forward, loss, backward, clipping, optimizer.
+
+* ours, and ours with gradient checkpointing: ``training.Trainer`` on a model lent by ``host.borrow``;
+* the host's ``TrainLoraNode``, its own execute() and loop, adapters on every layer, norm and bias as it always does:
+  weights wrapped (its default) and, where the host has it, bypass mode. Run in fp32 without checkpointing, the setting
+  that is fastest for it on a CPU; it does not clip;
+* a plain ``peft`` injection of our targets into the same network, with the loop anybody would write.
+
+All of them share the weights, live in one process and take turns, so that every ratio is taken within one round.
+
+    python bench/train_step.py --channels 96 --repeats 7 --host /path/to/ComfyUI
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+NAMES = ("frozen", "ours", "ours, checkpointed", "peft", "native", "native, bypass")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--channels", type=int, nargs="+", default=[96, 320], help="model_channels (SD1.5 has 320)")
+    parser.add_argument("--latent", type=int, default=32, help="side of the latent (SD1.5 trains at 64)")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--host", default="", help="a ComfyUI folder; default: COMFYUI_DIR, or what `make setup` wrote")
+    parser.add_argument("--only", nargs="+", choices=NAMES[1:], default=NAMES[1:])
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory table out")
+    parser.add_argument("--no-write", action="store_true", help="print only, leave bench/results as it is")
+    return parser.parse_args()
+
+
+OPTIONS = arguments()
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported
+    os.environ[variable] = str(OPTIONS.threads)
+if OPTIONS.host:
+    os.environ["COMFYUI_DIR"] = OPTIONS.host
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "host"), str(HERE.parent / "dev")]
+
+from hosting import prepare_host  # noqa: E402
+
+prepare_host()
+
+import report  # noqa: E402
+import torch  # noqa: E402
+from contestants import contestant, first_model, share  # noqa: E402
+from memory import memory_of  # noqa: E402
+from timing import take_turns  # noqa: E402
+
+
+def measure(channels: int) -> dict:
+    """Times and bytes at one width."""
+    import comfy.model_management
+
+    base = first_model(channels)
+    has_bypass = hasattr(comfy.model_management, "in_training")
+    names = ["frozen", *(name for name in OPTIONS.only if has_bypass or name != "native, bypass")]
+    make = {name: partial(contestant, name, base, OPTIONS.latent, OPTIONS.rank) for name in names}
+    rows = take_turns(make, OPTIONS.repeats)
+    if not OPTIONS.no_memory:
+        for name, row in rows.items():
+            row["bytes"] = memory_of(make[name], base)
+    size = sum(value.nbytes for value in base.model.parameters())
+    targets = share(base).targets
+    return {
+        "model_channels": channels,
+        "latent": OPTIONS.latent,
+        "rank": OPTIONS.rank,
+        "batch": 1,
+        "repeats": OPTIONS.repeats,
+        "threads": OPTIONS.threads,
+        "model_bytes": size,
+        "adapted_layers": len(targets),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(OPTIONS.threads)
+    for channels in OPTIONS.channels:
+        result = measure(channels)
+        print(report.table(report.described(result)))
+        if not OPTIONS.no_write:
+            report.write(result, HERE / "results")
+
+
+if __name__ == "__main__":
+    main()

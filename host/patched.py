@@ -1,0 +1,77 @@
+"""What a patched MODEL brings along into training, and what stays outside.
+
+Kept: weight patches (LoRAs already applied) and the sampling object (prediction type, shift, zero-terminal SNR).
+Left out, and named: wrappers, attention overrides and replacements, compile wrappers, sampler functions. Refused: what
+would make the trained function another one without anybody noticing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .denoiser import UnsupportedModelError
+
+KEPT_OBJECTS = {"model_sampling", "latent_format"}
+
+
+def trainable_clone(patcher: Any) -> tuple[Any, list[str]]:
+    """A clone that shares the weights and carries only what training keeps; and one note for each thing left out.
+
+    Raises UnsupportedModelError for LoRAs in bypass mode and for replaced parts of the network.
+    """
+    notes: list[str] = []
+    if patcher.patches:
+        notes.append(f"trains on top of patches (LoRAs) already on {len(patcher.patches)} weights")
+    if any(patcher.injections.values()):
+        raise UnsupportedModelError(
+            f"the MODEL carries injected layers ({', '.join(map(str, patcher.injections))}), for example a LoRA in "
+            "bypass mode. Load that LoRA with the ordinary LoRA loader, or train on the MODEL before it."
+        )
+    objects = {}
+    for name, value in patcher.object_patches.items():
+        if name in KEPT_OBJECTS:
+            objects[name] = value
+        elif _is_compiled(value):
+            notes.append(f"left out for training: torch.compile on {name}")
+        else:
+            raise UnsupportedModelError(
+                f"a node has replaced {name} of the MODEL by {type(value).__name__}, and training beside it would "
+                "teach another network. Connect the MODEL as it was before that node."
+            )
+    notes.extend(f"left out for training: {what}" for what in _call_time_patches(patcher))
+    clone = patcher.clone()
+    clone.object_patches = objects
+    clone.model_options = {"transformer_options": {}}
+    clone.wrappers, clone.callbacks, clone.injections, clone.additional_models = {}, {}, {}, {}
+    clone.hook_patches, clone.forced_hooks = {}, None
+    return clone, notes
+
+
+def _is_compiled(value: Any) -> bool:
+    return hasattr(value, "_orig_mod") or hasattr(value, "_torchdynamo_orig_callable")
+
+
+def _call_time_patches(patcher: Any) -> list[str]:
+    found = []
+    for kind, by_key in patcher.wrappers.items():
+        for functions in by_key.values():
+            found.extend(f"{kind} wrapper {_name(function)}" for function in functions)
+    options = dict(patcher.model_options)
+    transformer = dict(options.pop("transformer_options", {}))
+    found.extend(f"{name} {_name(value)}" for name, value in options.items() if callable(value) or value)
+    override = transformer.pop("optimized_attention_override", None)
+    if override is not None:
+        found.append(f"attention override {_name(override)} (torch's own attention is used)")
+    for name, value in transformer.items():
+        if value:
+            inner = f" ({', '.join(map(str, value))})" if isinstance(value, dict) else ""
+            found.append(f"transformer option {name}{inner}")
+    if patcher.hook_patches:
+        found.append(f"{len(patcher.hook_patches)} hooked LoRA(s), which act on marked conditioning only")
+    if patcher.additional_models:
+        found.append(f"additional models {', '.join(map(str, patcher.additional_models))}")
+    return found
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or type(value).__name__

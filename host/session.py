@@ -1,0 +1,381 @@
+"""One training run in the host, from the sockets of a node to a LoRA.
+
+``train(request)``: check → encode data → borrow the model → step, save, preview → give back → LoRA, losses, report.
+Previews and encoding run outside the loan. Whatever ends the run, the host's model is as it was, and what has been
+learned is in the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ..kernels.files import LoraModel, from_state_dict, to_state_dict, training_metadata
+from ..kernels.layers import Target, select_targets
+from ..kernels.lora import LoRA
+from ..kernels.names import NameTable
+from ..training.data import Dataset
+from ..training.loop import StepReport, Trainer, TrainingDivergedError, generator
+from ..training.settings import OptionError, Plan
+from .denoiser import HostDenoiser, prediction_of
+from .identify import architecture
+from .latents import EncodedExamples, encode_dataset
+from .loan import borrow
+from .patched import trainable_clone
+from .previews import Previews
+from .progress import Progress
+from .runs import Run, RunError, open_run
+
+# activations of a training step against the host's estimate for inference, without and with checkpointing
+ACTIVATION_FACTORS = {False: 6.0, True: 2.0}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the trainer node was given."""
+
+    model: Any
+    clip: Any | None
+    vae: Any | None
+    dataset: Dataset
+    plan: Plan
+    run_name: str
+    if_run_exists: str = "continue"
+    start_from: LoraModel | None = None
+    node_id: str | None = None
+    previews: Previews | None = None
+
+
+@dataclass
+class Result:
+    """``finished`` is False when the run ended before its last step."""
+
+    lora: LoraModel
+    losses: list[float]
+    report: str
+    finished: bool
+
+
+@dataclass
+class _Session:
+    """What the parts of a run share."""
+
+    request: Request
+    run: Run
+    patcher: Any
+    targets: list[Target]
+    names: NameTable
+    adapters: dict[str, LoRA]
+    notes: list[str]
+    started: float = field(default_factory=time.time)
+
+
+def train(request: Request) -> Result:
+    """Train, and return the LoRA with all there is to say.
+
+    Raises ValueError subclasses for options and inputs that make no sense, before the first step; lets the host's
+    interruption through after saving, unless the plan says to stop and keep.
+    """
+    _check_inputs(request)
+    run = open_run(request.run_name, request.if_run_exists)
+    patcher, notes = trainable_clone(request.model)
+    session = _prepare(request, run, patcher, notes)
+    samples = len(request.dataset.samples)
+    encoding = Progress(samples, request.node_id)
+    encoding.tell("encoding the data set", now=True)
+    latents, conditioning = encode_dataset(
+        request.dataset, patcher, request.clip, request.vae, encoding.advance
+    )
+    plan = request.plan
+    examples = EncodedExamples(request.dataset, latents, conditioning, plan.batch_size, plan.seed)
+    total = plan.steps_for(examples.batches_per_epoch, samples)
+    with torch.inference_mode(False):
+        return _run(session, examples, total)
+
+
+def _check_inputs(request: Request) -> None:
+    if request.clip is None:
+        raise OptionError("clip is not connected: the captions are encoded with it. Connect the CLIP of the checkpoint")
+    if request.vae is None:
+        raise OptionError("vae is not connected: the images are encoded with it. Connect the VAE of the checkpoint")
+
+
+def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> _Session:
+    plan, model = request.plan, patcher.model
+    model_sampling = patcher.get_model_object("model_sampling")
+    prediction_of(model_sampling)
+    settings = plan.adapter
+    targets = select_targets(model, settings.layers, settings.conv_rank > 0)
+    if settings.conv_rank > 0 and not any(_is_spatial(target) for target in targets):
+        notes.append(f"conv_rank has no effect: the layers of {settings.layers!r} hold no k×k convolution")
+    names = NameTable.of(model)
+    with torch.inference_mode(False):
+        adapters = _fresh_adapters(plan, targets)
+        if request.start_from is not None:
+            note = _start_from(adapters, request.start_from, targets, names)
+            notes.append("start_from has no effect: the run goes on with its own weights" if run.exists() else note)
+    session = _Session(request, run, patcher, targets, names, adapters, notes)
+    _check_run(session)
+    return session
+
+
+def _is_spatial(target: Target) -> bool:
+    return any(size > 1 for size in target.shape[2:])
+
+
+def _fresh_adapters(plan: Plan, targets: list[Target]) -> dict[str, LoRA]:
+    adapters = {}
+    for index, target in enumerate(targets):
+        spatial = _is_spatial(target)
+        rank = plan.adapter.conv_rank if spatial else plan.rank
+        alpha = plan.adapter.conv_alpha if spatial else plan.alpha
+        adapters[target.path] = LoRA.create(target.shape, rank, alpha, generator(plan.seed, "adapter", index))
+    return adapters
+
+
+def _start_from(adapters: dict[str, LoRA], given: LoraModel, targets: list[Target], names: NameTable) -> str:
+    """Take over the layers that ``given`` holds; returns a note."""
+    alpha = next(iter(adapters.values())).alpha
+    loaded, unplaced = from_state_dict(given, targets, names.find)
+    if not loaded:
+        raise OptionError(
+            "start_from: none of its layers is trained here. It must be a LoRA for this MODEL, and the layers preset "
+            "of the adapter settings must cover it"
+        )
+    for path, adapter in loaded.items():
+        if adapter.rank != adapters[path].rank:
+            raise OptionError(
+                f"start_from has rank {adapter.rank} on {path}, rank is {adapters[path].rank}: "
+                f"set rank (or conv_rank) to {adapter.rank}"
+            )
+        copies = [tensor.detach().clone().float() for tensor in adapter.parameters()]
+        adapters[path] = LoRA(copies[0], copies[1], adapter.alpha)
+    left = f", {len(unplaced)} of its keys are not trained here" if unplaced else ""
+    alphas = {adapter.alpha for adapter in loaded.values()} - {alpha}
+    kept = f"; its alpha {', '.join(f'{value:g}' for value in sorted(alphas))} stays" if alphas else ""
+    return f"started from the given LoRA on {len(loaded)} of {len(adapters)} layers{left}{kept}"
+
+
+def _run(session: _Session, examples: EncodedExamples, total: int) -> Result:
+    request, plan = session.request, session.request.plan
+    device = session.patcher.load_device
+    session.adapters = {path: adapter.to(device) for path, adapter in session.adapters.items()}
+    trainer = Trainer(session.adapters, None, examples, plan, total, half_precision=_half_precision(session.patcher))
+    _continue(session, trainer)
+    progress = Progress(total, request.node_id)
+    progress.advance(trainer.step_number)
+    finished = True
+    try:
+        while not trainer.finished:
+            _train_until_break(session, trainer, progress)
+            if request.previews is not None and not trainer.finished:
+                _preview(session, trainer, progress, _lora(session, trainer))
+    except TrainingDivergedError as error:
+        if trainer.step_number == 0:
+            raise
+        session.notes.append(f"STOPPED EARLY, the last good weights are kept. {error}")
+        finished = False
+    except comfy.model_management.InterruptProcessingException:
+        _save(session, trainer, complete=False)
+        if plan.run.on_cancel != "stop and keep":
+            raise
+        session.notes.append(f"stopped by you after {trainer.step_number} of {total} steps; queue again to go on")
+        finished = False
+    except BaseException:
+        if trainer.intact:  # out of memory and the like: what has been learned is not lost
+            _save(session, trainer, complete=False)
+        raise
+    lora = _save(session, trainer, complete=finished)
+    if request.previews is not None and finished:
+        _preview(session, trainer, progress, lora)
+    return Result(lora, trainer.losses, _report(session, trainer), finished)
+
+
+def _preview(session: _Session, trainer: Trainer, progress: Progress, lora: LoraModel) -> None:
+    assert session.request.previews is not None
+    progress.show(session.request.previews(session.run, trainer.step_number, lora))
+
+
+def _half_precision(patcher: Any) -> bool:
+    model = patcher.model
+    return (model.manual_cast_dtype or model.get_dtype()) == torch.float16
+
+
+def _train_until_break(session: _Session, trainer: Trainer, progress: Progress) -> None:
+    """One loan: steps until the run is done or something has to be done without the loan."""
+    plan, request = session.request.plan, session.request
+    every = getattr(request.previews, "every", 0)
+    checkpoint = plan.run.gradient_checkpointing
+    with borrow(
+        session.patcher, session.adapters, checkpoint, _memory_required(session, trainer, checkpoint)
+    ) as loan:
+        trainer.denoiser = HostDenoiser(loan)
+        while not trainer.finished:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            began = time.perf_counter()
+            report = trainer.step()
+            progress.advance()
+            progress.tell(_line(report, trainer.total_steps, time.perf_counter() - began), now=trainer.finished)
+            if plan.run.save_every and report.step % plan.run.save_every == 0 and not trainer.finished:
+                _save(session, trainer, complete=False)
+            if every and report.step % every == 0:
+                return
+
+
+def _memory_required(session: _Session, trainer: Trainer, checkpoint: bool) -> float:
+    """Bytes beside the weights: activations, gradients and optimizer, generously."""
+    latents = max(trainer.examples.latents, key=lambda latent: latent.numel())
+    shape = [session.request.plan.batch_size, *latents.shape[1:]]
+    adapters = sum(tensor.numel() * tensor.element_size() for tensor in trainer.parameters)
+    return session.patcher.model.memory_required(shape) * ACTIVATION_FACTORS[checkpoint] + 5 * adapters
+
+
+def _line(report: StepReport, total: int, seconds: float) -> str:
+    pace = f"{1 / seconds:.2f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step"
+    return f"step {report.step}/{total} · loss {report.loss:.4f} · lr {report.learning_rate:.2e} · {pace}"
+
+
+# -- going on, keeping, telling
+
+
+def _identity(session: _Session) -> dict[str, Any]:
+    """What must be the same for a run to be continued: the shape of what is trained."""
+    shapes = "\n".join(
+        f"{path} {adapter.shape} {adapter.rank} {adapter.alpha}" for path, adapter in session.adapters.items()
+    )
+    plan = session.request.plan
+    return {
+        "base model": architecture(session.patcher.model)[0],
+        "layers": plan.adapter.layers,
+        "rank": plan.rank,
+        "alpha": plan.alpha,
+        "conv_rank": plan.adapter.conv_rank,
+        "conv_alpha": plan.adapter.conv_alpha,
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
+    }
+
+
+def _check_run(session: _Session) -> None:
+    """Refuse a run that is there already and was made of other adapters."""
+    run = session.run
+    if not run.exists():
+        return
+    saved, wanted = run.facts()["identity"], _identity(session)
+    differing = [name for name, value in wanted.items() if saved.get(name) != value]
+    if differing:
+        name = differing[0]
+        what = f"with another {name} ({saved.get(name)!r}, now {wanted[name]!r})"
+        if name == "shapes":
+            what = "for a MODEL with other layers, or from another LoRA at start_from"
+        raise RunError(
+            f"run_name: the run {run.name!r} was made {what}. Choose another run_name, or set if_run_exists to new"
+        )
+
+
+def _continue(session: _Session, trainer: Trainer) -> None:
+    run = session.run
+    if not run.exists():
+        return
+    trainer.restore(run.state())
+    changed = _changes(run.facts()["recipe"], _recipe(session))
+    session.notes.append(f"went on with run {run.name!r} after step {trainer.step_number}")
+    if changed:
+        session.notes.append(f"changed since then, from here on: {', '.join(changed)}")
+    if trainer.finished:
+        session.notes.append("the run is complete, nothing was trained; a greater length goes on with it")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found.extend(_changes(old, value, f"{prefix}{name}."))
+        elif old != value:
+            found.append(f"{prefix}{name} {old!r} → {value!r}")
+    return found
+
+
+def _recipe(session: _Session) -> dict[str, Any]:
+    dataset = session.request.dataset
+    return {
+        **dataclasses.asdict(session.request.plan),
+        "dataset": {
+            "fingerprint": dataset.fingerprint(),
+            "images": len(dataset.samples),
+            "resolution": dataset.resolution,
+        },
+    }
+
+
+def _lora(session: _Session, trainer: Trainer) -> LoraModel:
+    plan, dataset, model = session.request.plan, session.request.dataset, session.patcher.model
+    kind, version = architecture(model)
+    prediction = prediction_of(session.patcher.get_model_object("model_sampling"))
+    optimizer = plan.optimizer
+    metadata = training_metadata(
+        title=session.run.name,
+        architecture=kind,
+        base_model_version=version,
+        rank=plan.rank,
+        alpha=plan.alpha,
+        conv_rank=plan.adapter.conv_rank or None,
+        conv_alpha=plan.adapter.conv_alpha if plan.adapter.conv_rank else None,
+        resolution=dataset.resolution,
+        prediction_type=None if prediction.is_flow else prediction.value,
+        recipe=_recipe(session),
+        learning_rate=plan.learning_rate,
+        max_train_steps=trainer.total_steps,
+        steps=trainer.step_number,
+        batch_size=plan.batch_size,
+        gradient_accumulation_steps=optimizer.gradient_accumulation,
+        optimizer=optimizer.optimizer,
+        lr_scheduler=optimizer.schedule,
+        lr_warmup_steps=optimizer.warmup_steps,
+        seed=plan.seed,
+        num_train_images=len(dataset.samples),
+        tag_frequency={"dataset": _tag_counts(dataset)},
+        training_started_at=session.started,
+        training_finished_at=time.time(),
+    )
+    return LoraModel(to_state_dict(session.adapters, session.names.write), metadata, trained=True)
+
+
+def _tag_counts(dataset: Dataset) -> Counter[str]:
+    return Counter(
+        tag for sample in dataset.samples for tag in (part.strip() for part in sample.caption.split(",")) if tag
+    )
+
+
+def _save(session: _Session, trainer: Trainer, complete: bool) -> LoraModel:
+    lora = _lora(session, trainer)
+    facts = {
+        "identity": _identity(session),
+        "recipe": _recipe(session),
+        "step": trainer.step_number,
+        "total": trainer.total_steps,
+        "complete": complete,
+    }
+    session.run.write(trainer.state(), facts, lora)
+    return lora
+
+
+def _report(session: _Session, trainer: Trainer) -> str:
+    parameters = sum(tensor.numel() for tensor in trainer.parameters)
+    losses = trainer.losses
+    tail = losses[-max(1, len(losses) // 10) :]
+    lines = [
+        f"run {session.run.name!r}: {trainer.step_number} of {trainer.total_steps} steps",
+        f"{len(session.adapters)} layers ({session.request.plan.adapter.layers}), {parameters:,} trained numbers",
+    ]
+    if losses:
+        lines.append(f"loss {losses[0]:.4f} at first, {sum(tail) / len(tail):.4f} over the last {len(tail)} steps")
+    lines.append(f"kept in {session.run.folder}")
+    return "\n".join(lines + [f"note: {note}" for note in session.notes])

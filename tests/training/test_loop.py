@@ -1,0 +1,446 @@
+"""The training loop on a toy network: repeatable to the bit, resumable to the bit, safe when it diverges."""
+
+import dataclasses
+import math
+import random
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from lora_loom.kernels.lora import LoRA
+from lora_loom.training.loop import Batch, Trainer, TrainingDivergedError, generator
+from lora_loom.training.objective import Prediction, draw_times, sample_losses
+from lora_loom.training.schedule import learning_rate
+from lora_loom.training.settings import (
+    AdapterSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    Plan,
+    RunSettings,
+    plan_from_json,
+)
+
+
+class Layer:
+    """A linear layer on loan."""
+
+    geometry = None
+
+    def __init__(self, seed):
+        self.matrix = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)) / 3
+
+    def forward(self, x):
+        return x @ self.matrix.T
+
+    @contextmanager
+    def weight(self, like):
+        yield self.matrix.to(like.dtype)
+
+
+class Toy:
+    """Two layers and a nonlinearity; ``spoiled`` names calls whose prediction is not a number."""
+
+    def __init__(self, adapters, spoiled=(), prediction=Prediction.EPSILON):
+        self.adapters, self.spoiled, self.prediction = list(adapters.values()), spoiled, prediction
+        self.layers, self.calls = [Layer(1), Layer(2)], 0
+
+    def noise_levels(self, times):
+        return times.float() if self.prediction.is_flow else (3 * times).float()
+
+    def predict(self, noisy, sigma, conditioning):
+        x = torch.cat([noisy.flatten(1), sigma.view(-1, 1), torch.tensor(conditioning).view(-1, 1)], 1)
+        x = self.adapters[1].on(torch.tanh(self.adapters[0].on(x, self.layers[0])), self.layers[1])
+        self.calls += 1
+        if self.calls in self.spoiled:
+            x = x * math.nan
+        return x[:, :4].view(noisy.shape)
+
+
+class Points:
+    """Five batches of three; remembers what it was asked for."""
+
+    batches_per_epoch = 5
+
+    def __init__(self):
+        self.latents = torch.randn(5, 3, 4, 1, 1, generator=torch.Generator().manual_seed(8))
+        self.asked = []
+
+    def batch(self, epoch, index):
+        self.asked.append((epoch, index))
+        return Batch(self.latents[index], [0.1, 0.2, 0.3 + epoch])
+
+
+def plan(seed=0, **options):
+    optimizer = {"schedule": "cosine", "warmup_steps": 3, **options}
+    return Plan(seed=seed, learning_rate=0.02, optimizer=OptimizerSettings(**optimizer))
+
+
+def start(seed=0, spoiled=(), total=20, prediction=Prediction.EPSILON, half=False, **options):
+    draws = generator(seed, "adapters", 0)
+    adapters = {name: LoRA.create((6, 6), 2, 2.0, draws) for name in ("first", "second")}
+    return Trainer(adapters, Toy(adapters, spoiled, prediction), Points(), plan(seed, **options), total, half)
+
+
+def run(trainer, steps):
+    return [trainer.step() for _ in range(steps)]
+
+
+def weights(trainer):
+    return [tensor.detach().clone() for tensor in trainer.parameters]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# -- repeatable
+
+
+@pytest.mark.parametrize("prediction", Prediction)
+def test_same_seed_same_bits_and_another_seed_others(prediction):
+    runs = {}
+    for name, seed in (("once", 4), ("again", 4), ("other", 5)):
+        torch.manual_seed(len(runs))  # the global generators have no say
+        trainer = start(seed, prediction=prediction)
+        reports = run(trainer, 20)
+        runs[name] = weights(trainer), [report.loss for report in reports]
+    assert same(runs["once"][0], runs["again"][0]) and runs["once"][1] == runs["again"][1]
+    assert not any(torch.equal(a, b) for a, b in zip(runs["once"][0], runs["other"][0], strict=True))
+    assert not set(runs["once"][1]) & set(runs["other"][1])
+
+
+def test_global_generators_are_left_alone():
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    trainer = start(total=8, gradient_accumulation=2)
+    run(trainer, 4)
+    start().restore(trainer.state())
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+    assert before[2][0] == after[2][0] and np.array_equal(before[2][1], after[2][1]) and before[2][2:] == after[2][2:]
+
+
+def test_draws_differ_between_seeds_purposes_and_positions():
+    cases = [(seed, "noise", 0) for seed in (0, 1, 2**63, -1)] + [(0, "timestep", 0), (0, "noise", 1)]
+    drawn = [torch.randn(3, generator=generator(*case)) for case in cases]
+    assert len({tuple(values.tolist()) for values in drawn}) == len(cases)
+    assert torch.equal(drawn[0], torch.randn(3, generator=generator(*cases[0])))
+
+
+def test_training_learns_and_reports():
+    trainer = start(total=200)
+    reports = run(trainer, 200)
+    assert trainer.finished and [report.step for report in reports] == list(range(1, 201))
+    assert sum(trainer.losses[-40:]) < 0.9 * sum(trainer.losses[:40])
+    assert trainer.losses == [report.loss for report in reports]
+    assert trainer.examples.asked[:7] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1)]
+    rates = [learning_rate(0.02, step, 200, trainer.plan.optimizer) for step in range(200)]
+    assert [report.learning_rate for report in reports] == rates
+    assert not any(tensor.grad is not None for tensor in trainer.parameters)
+
+
+def test_accumulation_averages_its_micro_batches():
+    trainer, single = start(gradient_accumulation=4), start()
+    expected = torch.stack([single.loss(position) for position in range(4)]).mean()
+    gradients = torch.autograd.grad(expected, single.parameters)
+    report = trainer.step()
+    assert report.loss == pytest.approx(expected.item(), rel=1e-6)
+    assert report.gradient_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-5)
+    assert trainer.examples.asked == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_clipping_bounds_the_step():
+    """Adam hides a gradient's scale but for epsilon: with a huge one the step is lr · gradient / epsilon."""
+    for limit, factor in ((0.01, None), (0.0, 1.0)):
+        trainer = start(max_grad_norm=limit, epsilon=1e6, weight_decay=0.0, warmup_steps=0, schedule="constant")
+        before = weights(trainer)
+        report = trainer.step()
+        moved = torch.cat([(a - b).flatten() for a, b in zip(weights(trainer), before, strict=True)]).double().norm()
+        expected = (limit if factor is None else report.gradient_norm) * 0.02 / 1e6
+        assert report.gradient_norm > 0.01
+        assert moved.item() == pytest.approx(expected, rel=0.2)  # weights near one round such a small step
+
+
+# -- resumable
+
+
+@pytest.mark.parametrize("options", ({}, {"gradient_accumulation": 3}), ids=("plain", "accumulated"))
+@pytest.mark.parametrize("stop", (1, 5, 19))
+def test_a_resumed_run_goes_on_to_the_bit(stop, options):
+    whole = start(**options)
+    reports = run(whole, 20)
+    first = start(**options)
+    run(first, stop)
+    state = first.state()
+    run(first, 1)  # what happens after the state was taken must not reach it
+    second = start(**options)
+    second.restore(state)
+    assert second.step_number == stop
+    rest = run(second, 20 - stop)
+    assert same(weights(whole), weights(second))
+    assert rest == reports[stop:]
+    assert second.losses == whole.losses and second.finished
+    for name, value in whole.state().items():
+        assert torch.equal(value, second.state()[name]), name
+
+
+def test_a_fresh_state_can_be_restored():
+    trainer = start()
+    trainer.restore(start().state())
+    run(trainer, 3)
+    other = start()
+    run(other, 3)
+    assert same(weights(trainer), weights(other))
+
+
+def test_state_is_plain_and_apart():
+    trainer = start()
+    run(trainer, 2)
+    state = trainer.state()
+    kept = {name: value.clone() for name, value in state.items()}
+    run(trainer, 2)
+    for name, value in state.items():
+        assert torch.equal(value, kept[name]) and not value.requires_grad and value.is_contiguous()
+        assert value.device.type == "cpu"
+
+
+def test_a_state_of_other_adapters_is_refused():
+    state = start().state()
+    adapters = {name: LoRA.create((6, 6), 3, 2.0, generator(0, "adapters", 0)) for name in ("first", "second")}
+    other = Trainer(adapters, Toy(adapters), Points(), plan(), 20)
+    with pytest.raises(ValueError, match="other layers or another rank"):
+        other.restore(state)
+    more = {**adapters, "third": LoRA.create((6, 6), 2, 2.0, generator(0, "adapters", 1))}
+    with pytest.raises(ValueError, match="other layers or another rank"):
+        Trainer(more, Toy(more), Points(), plan(), 20).restore(state)
+
+
+# -- diverging
+
+
+@pytest.mark.parametrize("accumulation", (1, 2))
+@pytest.mark.parametrize("bad_step", (1, 2, 7))
+def test_a_loss_that_is_no_number_keeps_the_last_good_weights(bad_step, accumulation):
+    """Good: weights that a finite loss was seen with."""
+    trainer = start(spoiled=(bad_step * accumulation,), gradient_accumulation=accumulation)
+    seen = [weights(trainer)]
+    for _ in range(bad_step - 1):
+        trainer.step()
+        seen.append(weights(trainer))
+    with pytest.raises(TrainingDivergedError, match=f"step {bad_step}: the loss is nan.*learning_rate"):
+        trainer.step()
+    assert same(weights(trainer), seen[max(0, bad_step - 2)])
+    assert all(tensor.isfinite().all() and tensor.requires_grad for tensor in trainer.parameters)
+    assert not any(tensor.grad is not None for tensor in trainer.parameters)
+    assert len(trainer.losses) == trainer.step_number == bad_step - 1
+
+
+def test_a_gradient_that_is_no_number_stops_too():
+    trainer = start()
+    run(trainer, 2)
+    before_last, layer = weights(trainer), trainer.denoiser.layers[1]
+    run(trainer, 1)
+
+    @contextmanager
+    def broken(like):
+        yield layer.matrix * math.nan
+
+    layer.weight = broken
+    with pytest.raises(TrainingDivergedError, match="step 4: the gradient norm is nan"):
+        trainer.step()
+    assert same(weights(trainer), before_last)
+
+
+def test_half_precision_skips_a_step_that_overflowed():
+    trainer = start(half=True)
+    before, scale, layer = weights(trainer), trainer.scaler.get_scale(), trainer.denoiser.layers[1]
+    usual = layer.weight
+
+    @contextmanager
+    def overflowing(like):
+        yield layer.matrix * math.inf
+
+    layer.weight = overflowing
+    report = trainer.step()
+    assert report.skipped and report.step == 1 and math.isfinite(report.loss)
+    assert not math.isfinite(report.gradient_norm)
+    assert same(weights(trainer), before)
+    assert trainer.scaler.get_scale() == scale / 2
+    layer.weight = usual
+    assert not trainer.step().skipped
+    assert not same(weights(trainer), before)
+
+
+def test_half_precision_resumes_with_its_scale():
+    trainer, again = start(half=True), start(half=True)
+    run(trainer, 3)
+    trainer.scaler.update(new_scale=256.0)
+    again.restore(trainer.state())
+    run(trainer, 3), run(again, 3)
+    assert trainer.scaler.get_scale() == again.scaler.get_scale() == 256.0
+    assert same(weights(trainer), weights(again))
+
+
+# -- schedule, draws, loss
+
+
+@pytest.mark.parametrize("total, warmup", ((10, 0), (10, 4), (100, 1), (5, 5), (3, 8), (1, 0)))
+def test_schedules_equal_their_closed_forms(total, warmup):
+    for step in range(total):
+        constant = learning_rate(3e-4, step, total, OptimizerSettings(warmup_steps=warmup))
+        cosine = learning_rate(3e-4, step, total, OptimizerSettings(warmup_steps=warmup, schedule="cosine"))
+        if step < warmup:
+            assert constant == cosine == pytest.approx(3e-4 * (step + 1) / warmup)
+        else:
+            assert constant == 3e-4
+            assert cosine == pytest.approx(3e-4 * math.cos(math.pi / 2 * (step - warmup) / (total - warmup)) ** 2)
+        assert 0 < cosine <= 3e-4
+
+
+def test_the_cosine_ends_at_zero_and_stays_there():
+    settings = OptimizerSettings(schedule="cosine", warmup_steps=2)
+    assert learning_rate(1.0, 10, 10, settings) == pytest.approx(0, abs=1e-15)
+    assert learning_rate(1.0, 50, 10, settings) == pytest.approx(0, abs=1e-15)
+
+
+def distance_to_uniform(values):
+    """Kolmogorov–Smirnov statistic, times √n: above 1.63 in one of a hundred fair samples."""
+    ordered, n = values.sort().values, len(values)
+    ranks = torch.arange(n + 1, dtype=torch.float64) / n
+    return max((ranks[1:] - ordered).max(), (ordered - ranks[:-1]).max()).item() * n**0.5
+
+
+@pytest.mark.parametrize("kind", (Prediction.EPSILON, Prediction.VELOCITY))
+@pytest.mark.parametrize("named", ("automatic", "uniform"))
+def test_uniform_times(kind, named):
+    times = draw_times(20000, kind, ObjectiveSettings(timesteps=named), torch.Generator().manual_seed(1))
+    assert times.dtype == torch.float64 and 0 <= times.min() and times.max() < 1
+    assert distance_to_uniform(times) < 1.63
+
+
+@pytest.mark.parametrize("mean, std", ((0.0, 1.0), (-0.8, 0.5), (1.5, 2.0)))
+@pytest.mark.parametrize("kind, named", ((Prediction.FLOW, "automatic"), (Prediction.EPSILON, "logit-normal")))
+def test_logit_normal_times(kind, named, mean, std):
+    settings = ObjectiveSettings(timesteps=named, logit_mean=mean, logit_std=std)
+    times = draw_times(20000, kind, settings, torch.Generator().manual_seed(2))
+    assert 0 < times.min() and times.max() < 1
+    logits = torch.logit(times)
+    assert logits.mean().item() == pytest.approx(mean, abs=4 * std / 20000**0.5)
+    assert logits.std().item() == pytest.approx(std, rel=0.03)
+    assert distance_to_uniform(torch.special.ndtr((logits - mean) / std)) < 1.63
+
+
+def test_extreme_times_stay_below_one():
+    settings = ObjectiveSettings(timesteps="logit-normal", logit_mean=80.0)
+    times = draw_times(100, Prediction.FLOW, settings, torch.Generator().manual_seed(0))
+    assert times.max() < 1 and times.float().max() < 1
+
+
+def test_one_draw_per_sample_of_every_micro_batch():
+    """Times and noise of a batch are all different, and another position draws others."""
+    trainer = start()
+    seen = []
+    levels = trainer.denoiser.noise_levels
+    trainer.denoiser.noise_levels = lambda times: seen.append(times) or levels(times)
+    run(trainer, 4)
+    assert len(set(torch.cat(seen).tolist())) == 12
+
+
+def test_losses_are_plain_means_in_float32_or_better():
+    draws = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 3, 4, 5, 5, generator=draws).unbind()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        losses = sample_losses(output.to(dtype), target.to(dtype))
+        assert losses.shape == (3,) and losses.dtype == wide
+        expected = (output.to(dtype).double() - target.to(dtype).double()).square().mean((1, 2, 3))
+        torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_noising_and_targets_are_one_rotation():
+    """x = √ᾱ x0 + √(1−ᾱ) ε and v = √ᾱ ε − √(1−ᾱ) x0 give x0 and ε back; the flow's target is dx/dσ."""
+    draws = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 2, 2, generator=draws, dtype=torch.float64).unbind()
+    sigma = torch.tensor([0.03, 1.0, 14.6], dtype=torch.float64)
+    level = sigma.view(3, 1, 1, 1)
+    alpha = 1 / (1 + level**2)
+    x = Prediction.VELOCITY.noisy(x0, noise, sigma) * alpha.sqrt()
+    v = Prediction.VELOCITY.target(x0, noise, sigma)
+    torch.testing.assert_close(x, alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise)
+    torch.testing.assert_close(alpha.sqrt() * x - (1 - alpha).sqrt() * v, x0)
+    torch.testing.assert_close((1 - alpha).sqrt() * x + alpha.sqrt() * v, noise)
+    assert Prediction.EPSILON.target(x0, noise, sigma) is noise
+    flow = [Prediction.FLOW.noisy(x0, noise, torch.full((3,), s, dtype=torch.float64)) for s in (0.0, 0.25, 1.0)]
+    torch.testing.assert_close(flow[0], x0)
+    torch.testing.assert_close(flow[2], noise)
+    torch.testing.assert_close(flow[0] + 0.25 * Prediction.FLOW.target(x0, noise, sigma), flow[1])
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    "kind, option, value",
+    (
+        *((Plan, "length", value) for value in (0, -1)),
+        (Plan, "unit", "minutes"),
+        *((Plan, "learning_rate", value) for value in (0.0, -1e-4, math.nan, math.inf)),
+        *((Plan, "rank", value) for value in (0, -4)),
+        *((Plan, "alpha", value) for value in (0.0, math.nan)),
+        (Plan, "batch_size", 0),
+        (AdapterSettings, "conv_rank", -1),
+        (AdapterSettings, "conv_alpha", math.inf),
+        (OptimizerSettings, "optimizer", "Adam2"),
+        *((OptimizerSettings, "weight_decay", value) for value in (-0.1, math.nan)),
+        *((OptimizerSettings, "beta1", value) for value in (-0.1, 1.0, math.nan)),
+        *((OptimizerSettings, "beta2", value) for value in (-0.1, 1.0)),
+        (OptimizerSettings, "epsilon", 0.0),
+        (OptimizerSettings, "schedule", "linear"),
+        (OptimizerSettings, "warmup_steps", -1),
+        *((OptimizerSettings, "max_grad_norm", value) for value in (-1.0, math.nan)),
+        (OptimizerSettings, "gradient_accumulation", 0),
+        (ObjectiveSettings, "timesteps", "sigmoid"),
+        (ObjectiveSettings, "logit_mean", math.nan),
+        *((ObjectiveSettings, "logit_std", value) for value in (0.0, -1.0, math.nan)),
+        (RunSettings, "on_cancel", "panic"),
+        (RunSettings, "save_every", -1),
+    ),
+)
+def test_a_senseless_option_is_named(kind, option, value):
+    with pytest.raises(ValueError, match=rf"^{option} is .*expected "):
+        kind(**{option: value})
+
+
+def test_a_plan_survives_json():
+    original = Plan(
+        length=7,
+        unit="epochs",
+        learning_rate=3.3e-5,
+        seed=2**64 - 1,
+        adapter=AdapterSettings(conv_rank=4),
+        optimizer=OptimizerSettings(schedule="cosine", beta2=0.99),
+        objective=ObjectiveSettings(timesteps="logit-normal", logit_mean=-0.3),
+        run=RunSettings(save_every=50),
+    )
+    assert plan_from_json(original.to_json()) == original
+    assert dataclasses.asdict(plan_from_json(Plan().to_json())) == dataclasses.asdict(Plan())
+
+
+@pytest.mark.parametrize(
+    "unit, length, accumulation, expected",
+    (
+        ("steps", 37, 1, 37),
+        ("steps", 37, 4, 37),  # steps are the optimizer's whatever they are made of
+        ("epochs", 3, 1, 15),
+        ("epochs", 3, 2, 8),
+        ("epochs", 1, 64, 1),
+        ("presentations per image", 10, 1, 50),
+        ("presentations per image", 10, 4, 13),
+    ),
+)
+def test_length_in_every_unit(unit, length, accumulation, expected):
+    """17 images in 5 batches."""
+    settings = OptimizerSettings(gradient_accumulation=accumulation)
+    assert Plan(length=length, unit=unit, optimizer=settings).steps_for(5, 17) == expected
