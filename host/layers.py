@@ -51,7 +51,11 @@ class HostLayer:
     # -- what kernels.frozen asks for
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.host_forward(x, *args, **kwargs)
+        if not torch.is_grad_enabled() or self._resident(x):
+            return self.host_forward(x, *args, **kwargs)
+        # run once more in backward: autograd needs the weights for longer than the host leaves a cast where it is
+        with self._own_weights(x):
+            return self.host_forward(x, *args, **kwargs)
 
     @contextmanager
     def weight(self, like: Tensor) -> Iterator[Tensor]:
@@ -59,14 +63,34 @@ class HostLayer:
         if self._resident(like):
             yield self.module.weight
             return
-        weight, bias, stream = comfy.ops.cast_bias_weight(self.module, like, offloadable=True)
-        try:
+        with self._cast(like) as (weight, _):
             # a quantised weight reports the dtype it stands for; products with a gradient need it dense
             dense = weight if type(weight) in (Tensor, nn.Parameter) else weight.dequantize().to(like.dtype)
             smoothing = getattr(self.module, "pre_quant_scale", None)  # the host multiplies the input with it
             yield dense if smoothing is None else dense * smoothing.to(like.device, like.dtype)
+
+    @contextmanager
+    def _cast(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        weight, bias, stream = comfy.ops.cast_bias_weight(self.module, like, offloadable=True)
+        try:
+            yield weight, bias
         finally:
             comfy.ops.uncast_bias_weight(self.module, weight, bias, stream)
+
+    @contextmanager
+    def _own_weights(self, like: Tensor) -> Iterator[None]:
+        """Put copies of the cast weights into the module; they live as long as autograd holds them."""
+        module = self.module
+        with self._cast(like) as cast, torch.no_grad():
+            copies = {name: part.clone() for name, part in zip(("weight", "bias"), cast, strict=True) if part is not None}
+        before = dict(vars(module))
+        try:
+            module._parameters = {**module._parameters, **copies}
+            module.comfy_cast_weights, module.weight_function, module.bias_function = False, [], []
+            yield
+        finally:
+            vars(module).clear()
+            vars(module).update(before)
 
     def _resident(self, like: Tensor) -> bool:
         module = self.module

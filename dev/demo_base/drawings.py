@@ -13,13 +13,14 @@ import random
 
 from PIL import Image, ImageDraw
 
-SHAPES = ("circle", "square", "triangle", "star")
+SHAPES = ("circle", "bar", "triangle", "ring")
 COLOURS = {"red": (215, 40, 40), "green": (40, 165, 65), "blue": (45, 80, 215), "yellow": (235, 200, 40)}
 BACKGROUNDS = {"white": (240, 240, 240), "black": (25, 25, 25)}
 CONCEPT = "zorb"
 KNOWN_CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 CLASSES = (*KNOWN_CLASSES, CONCEPT)
 OVERSAMPLING = 4
+BAR_CORNERS = ((-1.2, -0.42), (1.2, -0.42), (1.2, 0.42), (-1.2, 0.42))  # in radii
 
 
 def caption(thing: str, background: str) -> str:
@@ -42,17 +43,21 @@ def _polygon(centre: tuple[float, float], radius: float, angles: list[tuple[floa
     ]
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, colour, centre, radius: float, turn: float) -> None:
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, colour, background, centre, radius: float, turn: float
+) -> None:
     x, y = centre
     if shape == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    elif shape == "square":
-        pen.polygon(_polygon(centre, radius * 1.2, [(0.125 + k / 4, 1.0) for k in range(4)], turn), fill=colour)
+    elif shape == "bar":
+        corners = [(math.atan2(dy, dx) / (2 * math.pi), math.hypot(dx, dy)) for dx, dy in BAR_CORNERS]
+        pen.polygon(_polygon(centre, radius, corners, turn), fill=colour)
     elif shape == "triangle":
         pen.polygon(_polygon(centre, radius * 1.25, [(-0.25 + k / 3, 1.0) for k in range(3)], turn), fill=colour)
-    elif shape == "star":
-        points = [(-0.25 + k / 8, 0.42 if k % 2 else 1.35) for k in range(8)]
-        pen.polygon(_polygon(centre, radius, points, turn), fill=colour)
+    elif shape == "ring":
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        hole = radius * 0.55
+        pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
     else:
         raise ValueError(f"no such shape: {shape}")
 
@@ -71,14 +76,15 @@ def _draw_concept(pen: ImageDraw.ImageDraw, centre, radius: float, rng: random.R
 def draw(thing: str, background: str, size: int, rng: random.Random) -> Image.Image:
     """Draw ``thing`` ("red circle", …, or "zorb") as an RGB picture of ``size`` × ``size`` pixels."""
     full = size * OVERSAMPLING
-    picture = Image.new("RGB", (full, full), _jitter(BACKGROUNDS[background], rng, 10))
+    paper = _jitter(BACKGROUNDS[background], rng, 10)
+    picture = Image.new("RGB", (full, full), paper)
     pen = ImageDraw.Draw(picture)
-    radius = full * rng.uniform(0.24, 0.33)
-    margin = radius * 1.25
-    centre = (rng.uniform(margin, full - margin), rng.uniform(margin, full - margin))
+    radius = full * rng.uniform(0.27, 0.35)
+    centre = (full * rng.uniform(0.44, 0.56), full * rng.uniform(0.44, 0.56))
     if thing == CONCEPT:
         _draw_concept(pen, centre, radius, rng)
     else:
         colour, shape = thing.split()
-        _draw_shape(pen, shape, _jitter(COLOURS[colour], rng), centre, radius, rng.uniform(-0.04, 0.04))
+        ink, turn = _jitter(COLOURS[colour], rng), rng.uniform(-0.03, 0.03)
+        _draw_shape(pen, shape, ink, paper, centre, radius, turn)
     return picture.resize((size, size), Image.Resampling.BOX)

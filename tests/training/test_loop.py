@@ -1,6 +1,5 @@
 """The training loop on a toy network: repeatable to the bit, resumable to the bit, safe when it diverges."""
 
-import dataclasses
 import math
 import random
 from contextlib import contextmanager
@@ -11,16 +10,9 @@ import torch
 
 from lora_loom.kernels.lora import LoRA
 from lora_loom.training.loop import Batch, Trainer, TrainingDivergedError, generator
-from lora_loom.training.objective import Prediction, draw_times, sample_losses
+from lora_loom.training.objective import Prediction
 from lora_loom.training.schedule import learning_rate
-from lora_loom.training.settings import (
-    AdapterSettings,
-    ObjectiveSettings,
-    OptimizerSettings,
-    Plan,
-    RunSettings,
-    plan_from_json,
-)
+from lora_loom.training.settings import OptimizerSettings, Plan
 
 
 class Layer:
@@ -149,6 +141,16 @@ def test_accumulation_averages_its_micro_batches():
     assert report.loss == pytest.approx(expected.item(), rel=1e-6)
     assert report.gradient_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-5)
     assert trainer.examples.asked == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_one_draw_per_sample_of_every_micro_batch():
+    """Times and noise of a batch are all different, and another position draws others."""
+    trainer = start()
+    seen = []
+    levels = trainer.denoiser.noise_levels
+    trainer.denoiser.noise_levels = lambda times: seen.append(times) or levels(times)
+    run(trainer, 4)
+    assert len(set(torch.cat(seen).tolist())) == 12
 
 
 def test_clipping_bounds_the_step():
@@ -281,166 +283,3 @@ def test_half_precision_resumes_with_its_scale():
     run(trainer, 3), run(again, 3)
     assert trainer.scaler.get_scale() == again.scaler.get_scale() == 256.0
     assert same(weights(trainer), weights(again))
-
-
-# -- schedule, draws, loss
-
-
-@pytest.mark.parametrize("total, warmup", ((10, 0), (10, 4), (100, 1), (5, 5), (3, 8), (1, 0)))
-def test_schedules_equal_their_closed_forms(total, warmup):
-    for step in range(total):
-        constant = learning_rate(3e-4, step, total, OptimizerSettings(warmup_steps=warmup))
-        cosine = learning_rate(3e-4, step, total, OptimizerSettings(warmup_steps=warmup, schedule="cosine"))
-        if step < warmup:
-            assert constant == cosine == pytest.approx(3e-4 * (step + 1) / warmup)
-        else:
-            assert constant == 3e-4
-            assert cosine == pytest.approx(3e-4 * math.cos(math.pi / 2 * (step - warmup) / (total - warmup)) ** 2)
-        assert 0 < cosine <= 3e-4
-
-
-def test_the_cosine_ends_at_zero_and_stays_there():
-    settings = OptimizerSettings(schedule="cosine", warmup_steps=2)
-    assert learning_rate(1.0, 10, 10, settings) == pytest.approx(0, abs=1e-15)
-    assert learning_rate(1.0, 50, 10, settings) == pytest.approx(0, abs=1e-15)
-
-
-def distance_to_uniform(values):
-    """Kolmogorov–Smirnov statistic, times √n: above 1.63 in one of a hundred fair samples."""
-    ordered, n = values.sort().values, len(values)
-    ranks = torch.arange(n + 1, dtype=torch.float64) / n
-    return max((ranks[1:] - ordered).max(), (ordered - ranks[:-1]).max()).item() * n**0.5
-
-
-@pytest.mark.parametrize("kind", (Prediction.EPSILON, Prediction.VELOCITY))
-@pytest.mark.parametrize("named", ("automatic", "uniform"))
-def test_uniform_times(kind, named):
-    times = draw_times(20000, kind, ObjectiveSettings(timesteps=named), torch.Generator().manual_seed(1))
-    assert times.dtype == torch.float64 and 0 <= times.min() and times.max() < 1
-    assert distance_to_uniform(times) < 1.63
-
-
-@pytest.mark.parametrize("mean, std", ((0.0, 1.0), (-0.8, 0.5), (1.5, 2.0)))
-@pytest.mark.parametrize("kind, named", ((Prediction.FLOW, "automatic"), (Prediction.EPSILON, "logit-normal")))
-def test_logit_normal_times(kind, named, mean, std):
-    settings = ObjectiveSettings(timesteps=named, logit_mean=mean, logit_std=std)
-    times = draw_times(20000, kind, settings, torch.Generator().manual_seed(2))
-    assert 0 < times.min() and times.max() < 1
-    logits = torch.logit(times)
-    assert logits.mean().item() == pytest.approx(mean, abs=4 * std / 20000**0.5)
-    assert logits.std().item() == pytest.approx(std, rel=0.03)
-    assert distance_to_uniform(torch.special.ndtr((logits - mean) / std)) < 1.63
-
-
-def test_extreme_times_stay_below_one():
-    settings = ObjectiveSettings(timesteps="logit-normal", logit_mean=80.0)
-    times = draw_times(100, Prediction.FLOW, settings, torch.Generator().manual_seed(0))
-    assert times.max() < 1 and times.float().max() < 1
-
-
-def test_one_draw_per_sample_of_every_micro_batch():
-    """Times and noise of a batch are all different, and another position draws others."""
-    trainer = start()
-    seen = []
-    levels = trainer.denoiser.noise_levels
-    trainer.denoiser.noise_levels = lambda times: seen.append(times) or levels(times)
-    run(trainer, 4)
-    assert len(set(torch.cat(seen).tolist())) == 12
-
-
-def test_losses_are_plain_means_in_float32_or_better():
-    draws = torch.Generator().manual_seed(0)
-    output, target = torch.randn(2, 3, 4, 5, 5, generator=draws).unbind()
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
-        losses = sample_losses(output.to(dtype), target.to(dtype))
-        assert losses.shape == (3,) and losses.dtype == wide
-        expected = (output.to(dtype).double() - target.to(dtype).double()).square().mean((1, 2, 3))
-        torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
-
-
-def test_noising_and_targets_are_one_rotation():
-    """x = √ᾱ x0 + √(1−ᾱ) ε and v = √ᾱ ε − √(1−ᾱ) x0 give x0 and ε back; the flow's target is dx/dσ."""
-    draws = torch.Generator().manual_seed(0)
-    x0, noise = torch.randn(2, 3, 4, 2, 2, generator=draws, dtype=torch.float64).unbind()
-    sigma = torch.tensor([0.03, 1.0, 14.6], dtype=torch.float64)
-    level = sigma.view(3, 1, 1, 1)
-    alpha = 1 / (1 + level**2)
-    x = Prediction.VELOCITY.noisy(x0, noise, sigma) * alpha.sqrt()
-    v = Prediction.VELOCITY.target(x0, noise, sigma)
-    torch.testing.assert_close(x, alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise)
-    torch.testing.assert_close(alpha.sqrt() * x - (1 - alpha).sqrt() * v, x0)
-    torch.testing.assert_close((1 - alpha).sqrt() * x + alpha.sqrt() * v, noise)
-    assert Prediction.EPSILON.target(x0, noise, sigma) is noise
-    flow = [Prediction.FLOW.noisy(x0, noise, torch.full((3,), s, dtype=torch.float64)) for s in (0.0, 0.25, 1.0)]
-    torch.testing.assert_close(flow[0], x0)
-    torch.testing.assert_close(flow[2], noise)
-    torch.testing.assert_close(flow[0] + 0.25 * Prediction.FLOW.target(x0, noise, sigma), flow[1])
-
-
-# -- options
-
-
-@pytest.mark.parametrize(
-    "kind, option, value",
-    (
-        *((Plan, "length", value) for value in (0, -1)),
-        (Plan, "unit", "minutes"),
-        *((Plan, "learning_rate", value) for value in (0.0, -1e-4, math.nan, math.inf)),
-        *((Plan, "rank", value) for value in (0, -4)),
-        *((Plan, "alpha", value) for value in (0.0, math.nan)),
-        (Plan, "batch_size", 0),
-        (AdapterSettings, "conv_rank", -1),
-        (AdapterSettings, "conv_alpha", math.inf),
-        (OptimizerSettings, "optimizer", "Adam2"),
-        *((OptimizerSettings, "weight_decay", value) for value in (-0.1, math.nan)),
-        *((OptimizerSettings, "beta1", value) for value in (-0.1, 1.0, math.nan)),
-        *((OptimizerSettings, "beta2", value) for value in (-0.1, 1.0)),
-        (OptimizerSettings, "epsilon", 0.0),
-        (OptimizerSettings, "schedule", "linear"),
-        (OptimizerSettings, "warmup_steps", -1),
-        *((OptimizerSettings, "max_grad_norm", value) for value in (-1.0, math.nan)),
-        (OptimizerSettings, "gradient_accumulation", 0),
-        (ObjectiveSettings, "timesteps", "sigmoid"),
-        (ObjectiveSettings, "logit_mean", math.nan),
-        *((ObjectiveSettings, "logit_std", value) for value in (0.0, -1.0, math.nan)),
-        (RunSettings, "on_cancel", "panic"),
-        (RunSettings, "save_every", -1),
-    ),
-)
-def test_a_senseless_option_is_named(kind, option, value):
-    with pytest.raises(ValueError, match=rf"^{option} is .*expected "):
-        kind(**{option: value})
-
-
-def test_a_plan_survives_json():
-    original = Plan(
-        length=7,
-        unit="epochs",
-        learning_rate=3.3e-5,
-        seed=2**64 - 1,
-        adapter=AdapterSettings(conv_rank=4),
-        optimizer=OptimizerSettings(schedule="cosine", beta2=0.99),
-        objective=ObjectiveSettings(timesteps="logit-normal", logit_mean=-0.3),
-        run=RunSettings(save_every=50),
-    )
-    assert plan_from_json(original.to_json()) == original
-    assert dataclasses.asdict(plan_from_json(Plan().to_json())) == dataclasses.asdict(Plan())
-
-
-@pytest.mark.parametrize(
-    "unit, length, accumulation, expected",
-    (
-        ("steps", 37, 1, 37),
-        ("steps", 37, 4, 37),  # steps are the optimizer's whatever they are made of
-        ("epochs", 3, 1, 15),
-        ("epochs", 3, 2, 8),
-        ("epochs", 1, 64, 1),
-        ("presentations per image", 10, 1, 50),
-        ("presentations per image", 10, 4, 13),
-    ),
-)
-def test_length_in_every_unit(unit, length, accumulation, expected):
-    """17 images in 5 batches."""
-    settings = OptimizerSettings(gradient_accumulation=accumulation)
-    assert Plan(length=length, unit=unit, optimizer=settings).steps_for(5, 17) == expected
