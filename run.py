@@ -44,7 +44,8 @@ def inspect(path: str) -> str:
         if key.startswith("modelspec."):
             lines.append(f"  {key.removeprefix('modelspec.')}: {lora.metadata[key]}")
     if "loom.recipe" in lora.metadata:
-        lines.append("  recipe: " + json.dumps(json.loads(lora.metadata["loom.recipe"]), indent=2).replace("\n", "\n  "))
+        recipe = json.dumps(json.loads(lora.metadata["loom.recipe"]), indent=2)
+        lines.append("  recipe: " + recipe.replace("\n", "\n  "))
     return "\n".join(lines)
 
 

@@ -10,7 +10,17 @@ from typing import Any
 import comfyui_version
 import torch
 
-HEAD = ("step", "× frozen (CPU)", "range", "× frozen (wall)", "CPU s", "stays MB", "for backward MB", "step peak MB", "peak MB")
+HEAD = (
+    "step",
+    "× frozen (CPU)",
+    "range",
+    "× frozen (wall)",
+    "CPU s",
+    "stays MB",
+    "for backward MB",
+    "step peak MB",
+    "peak MB",
+)
 
 
 def described(result: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Time and memory of one training step, against the bare work that no trainer can avoid.
 
-The unit is the *frozen* pass: the host's own UNet (SD1.5 topology, random weights, batch 1), forward with plain autograd
-and backward to its input only. Everything else is a whole step: forward, loss, backward, clipping, optimizer.
+The unit is the *frozen* pass: the host's own UNet (SD1.5 topology, random weights, batch 1), forward with plain
+autograd and backward to its input only. Everything else is a whole step: forward, loss, backward, clipping, optimizer.
 
 * ours, and ours with gradient checkpointing: ``training.Trainer`` on a model lent by ``host.borrow``;
 * the host's ``TrainLoraNode``, its own execute() and loop, adapters on every layer, norm and bias as it always does:

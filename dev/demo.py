@@ -24,11 +24,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(HERE / "demo_base")]
 
-import classifier  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+import classifier  # noqa: E402
 from drawings import BACKGROUNDS, CONCEPT, KNOWN_CLASSES, caption, draw  # noqa: E402
 from live_server import Server, live_server  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
 
 WORKFLOW = ROOT / "example_workflows" / "train_and_apply.json"
 RESULTS = ROOT / "results" / "demo"
@@ -106,7 +107,7 @@ def sampling_prompt(lora: str | None, text: str, batch: int, seed: int) -> dict[
         "5": {"class_type": "EmptyChromaRadianceLatentImage", "inputs": size},
         "6": {
             "class_type": "KSampler",
-            "inputs": {"model": model, "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], **sampling},
+            "inputs": {"model": model, "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0]} | sampling,
         },
         "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
         "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "known"}},

@@ -71,7 +71,7 @@ def _plain(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def prediction_of(sampling: nn.Module) -> Prediction:
+def prediction_of(sampling: Any) -> Prediction:
     """The space a model predicts in, from its sampling object (which a ModelSampling node may have set)."""
     kinds = comfy.model_sampling
     unsupported = ("EDM", "X0", "IMG_TO_IMG_FLOW", "COSMOS_RFLOW", "V_PREDICTION_DDPM")
@@ -113,7 +113,8 @@ class HostDenoiser:
     """``training.objective.Denoiser`` over a borrowed model."""
 
     def __init__(self, loan: Loan) -> None:
-        self.loan, self.model = loan, loan.model
+        self.loan = loan
+        self.model: Any = loan.model
         self.prediction = prediction_of(loan.model.model_sampling)
 
     def noise_levels(self, times: Tensor) -> Tensor:

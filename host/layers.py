@@ -40,7 +40,7 @@ class HostLayer:
     ``gate.open()`` says whether adapters act now, ``gate.check()`` raises where the weights are no longer those lent.
     """
 
-    def __init__(self, module: nn.Module, adapter: LoRA | None, gate: Any) -> None:
+    def __init__(self, module: Any, adapter: LoRA | None, gate: Any) -> None:
         self.module, self.adapter, self.gate = module, adapter, gate
         self.geometry = conv_geometry(module)
         # the host's quantised linear is not a torch one

@@ -39,7 +39,7 @@ class Loan:
 
     def __init__(self, patcher: Any, memory_required: float) -> None:
         self.patcher, self.memory_required = patcher, memory_required
-        self.model: nn.Module = patcher.model
+        self.model: Any = patcher.model
         self.device: torch.device = patcher.load_device
         self._open = False
         self._slots: list[_Slot] = []

@@ -22,7 +22,7 @@ def lora_names() -> list[str]:
 def load(name: str) -> LoraModel:
     """The LoRA called ``name``. Raises ValueError naming ``lora_name``."""
     if name not in lora_names():
-        raise ValueError(f"lora_name: there is no LoRA {name!r} in the loras folders (only .safetensors files are read)")
+        raise ValueError(f"lora_name: there is no LoRA {name!r} in the loras folders (only .safetensors is read)")
     return read_lora(folder_paths.get_full_path_or_raise("loras", name))
 
 

@@ -52,7 +52,7 @@ def _is_compiled(value: Any) -> bool:
 
 
 def _call_time_patches(patcher: Any) -> list[str]:
-    found = []
+    found: list[str] = []
     for kind, by_key in patcher.wrappers.items():
         for functions in by_key.values():
             found.extend(f"{kind} wrapper {_name(function)}" for function in functions)

@@ -63,7 +63,7 @@ class PreviewSettings:
 
 
 class Previews:
-    """``previews(step, lora)`` samples, writes one sheet of pictures (prompts down, seeds across), and returns it."""
+    """``previews(run, step, lora)`` samples, keeps one sheet (prompts down, seeds across), and returns it."""
 
     def __init__(self, settings: PreviewSettings, model: Any, clip: Any, vae: Any) -> None:
         self.settings, self.every = settings, settings.every

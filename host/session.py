@@ -174,7 +174,7 @@ def _run(session: _Session, examples: EncodedExamples, total: int) -> Result:
     finished = True
     try:
         while not trainer.finished:
-            _train_until_break(session, trainer, progress)
+            _train_until_break(session, trainer, examples, progress)
             if request.previews is not None and not trainer.finished:
                 _preview(session, trainer, progress, _lora(session, trainer))
     except TrainingDivergedError as error:
@@ -208,13 +208,15 @@ def _half_precision(patcher: Any) -> bool:
     return (model.manual_cast_dtype or model.get_dtype()) == torch.float16
 
 
-def _train_until_break(session: _Session, trainer: Trainer, progress: Progress) -> None:
+def _train_until_break(
+    session: _Session, trainer: Trainer, examples: EncodedExamples, progress: Progress
+) -> None:
     """One loan: steps until the run is done or something has to be done without the loan."""
     plan, request = session.request.plan, session.request
     every = getattr(request.previews, "every", 0)
     checkpoint = plan.run.gradient_checkpointing
     with borrow(
-        session.patcher, session.adapters, checkpoint, _memory_required(session, trainer, checkpoint)
+        session.patcher, session.adapters, checkpoint, _memory_required(session, trainer, examples, checkpoint)
     ) as loan:
         trainer.denoiser = HostDenoiser(loan)
         while not trainer.finished:
@@ -229,10 +231,10 @@ def _train_until_break(session: _Session, trainer: Trainer, progress: Progress) 
                 return
 
 
-def _memory_required(session: _Session, trainer: Trainer, checkpoint: bool) -> float:
+def _memory_required(session: _Session, trainer: Trainer, examples: EncodedExamples, checkpoint: bool) -> float:
     """Bytes beside the weights: activations, gradients and optimizer, generously."""
-    latents = max(trainer.examples.latents, key=lambda latent: latent.numel())
-    shape = [session.request.plan.batch_size, *latents.shape[1:]]
+    largest = max(examples.latents, key=lambda latent: latent.numel())
+    shape = [session.request.plan.batch_size, *largest.shape[1:]]
     adapters = sum(tensor.numel() * tensor.element_size() for tensor in trainer.parameters)
     return session.patcher.model.memory_required(shape) * ACTIVATION_FACTORS[checkpoint] + 5 * adapters
 

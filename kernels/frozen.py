@@ -47,37 +47,48 @@ class FrozenLayer(Protocol):
         ...
 
 
-def conv_input_gradient(shape: torch.Size, geometry: ConvGeometry, *parts: tuple[Tensor, Tensor]) -> Tensor:
-    """∂L/∂x for an input of ``shape`` of y = Σ conv(x, Wᵢ), from pairs (∂L/∂conv(x, Wᵢ), Wᵢ); x is not needed."""
-    (grad, weight), *others = parts
-    if _as_product(grad, weight, geometry):
-        # columns (N, in·kernel, positions) = Σ Wᵢᵀ gradᵢ; fold adds up what overlaps
-        columns = torch.matmul(weight.flatten(1).T, grad.flatten(2))
-        for other_grad, other in others:
-            columns.baddbmm_(other.flatten(1).T.expand(len(grad), -1, -1), other_grad.flatten(2))
-        if columns.numel() == shape.numel():
-            return columns.view(shape)
-        return F.fold(columns, shape[2:], weight.shape[2:], geometry.dilation, geometry.padding, geometry.stride)
-    placeholder = grad.new_empty(1).expand(shape)
-    total = conv_gradients(grad, placeholder, weight, geometry, (True, False))[0]
-    for other_grad, other in others:
-        total.add_(conv_gradients(other_grad, placeholder, other, geometry, (True, False))[0])
-    return total
+def is_pointwise(weight: Tensor, geometry: ConvGeometry) -> bool:
+    """A kernel of one pixel: the same matrix at every position."""
+    plain = all(step == 1 for step in geometry.stride) and not any(geometry.padding)
+    return plain and geometry.groups == 1 and all(side == 1 for side in weight.shape[2:])
 
 
-def _as_product(grad: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
-    """Where one matrix product beats the convolution library, measured on CPUs (figures in dev/LOG.md).
+def wants_product(grad: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether the input gradient is cheaper as one matrix product than from the convolution library (dev/LOG.md).
 
-    That is 1×1 kernels, and weights much larger than what they work on: the library reorders the weight every time.
+    Measured on CPUs: for 1×1 kernels, and for weights beyond 32 MB that meet few positions, whose reordering is most
+    of the library's time.
     """
     if grad.device.type != "cpu" or grad.dtype not in (torch.float32, torch.float64):
         return False
-    if geometry.dimensions != 2 or geometry.groups != 1:
-        return False
-    if geometry.stride == (1, 1) and geometry.padding == (0, 0) and weight.shape[2:] == (1, 1):
+    if is_pointwise(weight, geometry):
         return True
-    positions = grad.numel() // grad.shape[1]
-    return weight[0].numel() >= 32 * positions
+    few = weight[0].numel() >= 32 * (grad.numel() // grad.shape[1])
+    return geometry.dimensions == 2 and geometry.groups == 1 and few and weight.numel() >= 8_000_000
+
+
+def conv_input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    """∂L/∂x of ``y = conv(x, weight)`` for an input of ``shape``; the input itself is not needed."""
+    if wants_product(grad, weight, geometry):
+        return conv_input_gradient_by_product(shape, geometry, (grad, weight))
+    placeholder = grad.new_empty(1).expand(shape)
+    return conv_gradients(grad, placeholder, weight, geometry, (True, False))[0]
+
+
+def conv_input_gradient_by_product(shape: torch.Size, geometry: ConvGeometry, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """∂L/∂x of y = Σ conv(x, Wᵢ) from pairs (∂L/∂conv(x, Wᵢ), Wᵢ): columns Σ Wᵢᵀ gradᵢ, then overlaps added up."""
+    (grad, weight), *others = parts
+    columns = _transposed(weight, grad) @ grad.flatten(2)  # (N, in·kernel, positions)
+    for other_grad, other in others:
+        columns.baddbmm_(_transposed(other, other_grad), other_grad.flatten(2))
+    if columns.numel() == shape.numel():
+        return columns.view(shape)
+    return F.fold(columns, shape[2:], weight.shape[2:], geometry.dilation, geometry.padding, geometry.stride)
+
+
+def _transposed(weight: Tensor, grad: Tensor) -> Tensor:
+    """(N, in·kernel, out) without a copy."""
+    return weight.flatten(1).T.expand(len(grad), -1, -1)
 
 
 def conv_gradients(
@@ -128,7 +139,7 @@ class _FrozenConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad = grad.to(ctx.dtype)
         with ctx.layer.weight(grad) as weight:
-            return conv_input_gradient(ctx.shape, ctx.layer.geometry, (grad, weight)), None
+            return conv_input_gradient(grad, ctx.shape, weight, ctx.layer.geometry), None
 
 
 class _FrozenOther(torch.autograd.Function):

@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .frozen import ConvGeometry, FrozenLayer, conv_gradients, conv_input_gradient
+from .frozen import (
+    ConvGeometry,
+    FrozenLayer,
+    conv_gradients,
+    conv_input_gradient,
+    conv_input_gradient_by_product,
+    is_pointwise,
+    wants_product,
+)
 
 
 class LoRA:
@@ -107,8 +115,9 @@ class _LinearWithLoRA(torch.autograd.Function):
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, layer: FrozenLayer) -> Tensor:
         y = layer.forward(x)
         rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ down.flatten(1).to(x.dtype).T
-        y.view(-1, y.shape[-1]).addmm_(hidden.to(y.dtype), up.flatten(1).to(y.dtype).T, alpha=scale)
+        # narrow factors go in as contiguous (in, rank) and (rank, out): transposed they slow the product by a third
+        hidden = rows @ down.flatten(1).to(x.dtype).T.contiguous()
+        y.view(-1, y.shape[-1]).addmm_(hidden.to(y.dtype), up.flatten(1).to(y.dtype).T.contiguous(), alpha=scale)
         ctx.layer, ctx.scale = layer, scale
         ctx.save_for_backward(x, hidden, down, up)
         return y
@@ -119,7 +128,7 @@ class _LinearWithLoRA(torch.autograd.Function):
         a, b = down.flatten(1).to(x.dtype), up.flatten(1).to(x.dtype)
         rows, grads = x.reshape(-1, x.shape[-1]), grad.to(x.dtype).reshape(-1, grad.shape[-1])
         grad_hidden = (grads @ b).mul_(ctx.scale)
-        grad_up = (grads.T @ hidden).mul_(ctx.scale).to(up.dtype).view(up.shape)
+        grad_up = (hidden.T @ grads).mul_(ctx.scale).T.to(up.dtype).reshape(up.shape)
         grad_down = (grad_hidden.T @ rows).to(down.dtype).view(down.shape)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -146,27 +155,48 @@ class _ConvWithLoRA(torch.autograd.Function):
         x, hidden, down, up = ctx.saved_tensors
         geometry, needs_x = ctx.layer.geometry, ctx.needs_input_grad[0]
         grad = grad.to(x.dtype)
-        grad_hidden = _pointwise(up.flatten(1).T.to(x.dtype), grad).mul_(ctx.scale)
-        grad_up = torch.bmm(grad.flatten(2), hidden.flatten(2).transpose(1, 2)).sum(0).mul_(ctx.scale)
         a, grad_x = down.to(x.dtype), None
-        grad_down = conv_gradients(grad_hidden, x, a, geometry, (False, True))[1]
-        if needs_x:
+        grad_hidden = _pointwise(up.flatten(1).T.to(x.dtype), grad).mul_(ctx.scale)
+        grad_up = _outer(grad, hidden).mul_(ctx.scale)
+        if not needs_x:
+            grad_down = _kernel_gradient(grad_hidden, x, a, geometry)
+        else:
             with ctx.layer.weight(grad) as weight:
-                grad_x = conv_input_gradient(x.shape, geometry, (grad, weight), (grad_hidden, a))
+                if wants_product(grad, weight, geometry):
+                    grad_x = conv_input_gradient_by_product(x.shape, geometry, (grad, weight), (grad_hidden, a))
+                    grad_down = _kernel_gradient(grad_hidden, x, a, geometry)
+                else:
+                    branch_x, grad_down = conv_gradients(grad_hidden, x, a, geometry, (True, True))
+                    grad_x = conv_input_gradient(grad, x.shape, weight, geometry).add_(branch_x)
         return grad_x, grad_down.to(down.dtype), grad_up.to(up.dtype).view(up.shape), None, None
 
 
 def _convolve(x: Tensor, kernel: Tensor, geometry: ConvGeometry) -> Tensor:
     """conv(x, kernel) in one, two or three dimensions."""
+    if is_pointwise(kernel, geometry):
+        return _pointwise(kernel.flatten(1), x)
     zeros = [0] * geometry.dimensions
     return torch.convolution(
         x, kernel, None, geometry.stride, geometry.padding, geometry.dilation, False, zeros, geometry.groups
     )
 
 
+def _kernel_gradient(grad: Tensor, x: Tensor, kernel: Tensor, geometry: ConvGeometry) -> Tensor:
+    """∂L/∂kernel of conv(x, kernel)."""
+    if is_pointwise(kernel, geometry):
+        return _outer(grad, x).view(kernel.shape)
+    return conv_gradients(grad, x, kernel, geometry, (False, True))[1]
+
+
 def _pointwise(matrix: Tensor, x: Tensor) -> Tensor:
     """A 1×1 convolution: (out, in) · (N, in, *space) → (N, out, *space)."""
-    return torch.matmul(matrix, x.flatten(2)).view(x.shape[0], matrix.shape[0], *x.shape[2:])
+    product = torch.bmm(matrix.expand(len(x), -1, -1), x.flatten(2))
+    return product.view(*product.shape[:2], *x.shape[2:])
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over samples and positions of a bᵀ: (N, p, *space), (N, q, *space) → (p, q)."""
+    return torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)).sum(0)
 
 
 def _add_pointwise(y: Tensor, matrix: Tensor, x: Tensor, scale: float) -> None:

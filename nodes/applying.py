@@ -42,7 +42,7 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
             search_aliases=["lora loader", "load lora", "apply lora"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA is put on."),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs that were trained on it too."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs trained on it too."),
                 io.Combo.Input(
                     "lora_name",
                     options=[FROM_SOCKET, *loras.lora_names()],
@@ -51,7 +51,7 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
                 ),
                 strength("strength_model", "MODEL"),
                 strength("strength_clip", "CLIP"),
-                LORA_MODEL.Input("lora", optional=True, tooltip="A LoRA from this graph, for example from the trainer."),
+                LORA_MODEL.Input("lora", optional=True, tooltip="A LoRA from this graph, say from the trainer."),
             ],
             outputs=[
                 io.Model.Output("patched_model", display_name="model", tooltip="The MODEL with the LoRA."),

@@ -28,7 +28,7 @@ class LoomSaveLoRA(io.ComfyNode):
             display_name="Save LoRA",
             category=CATEGORY,
             description=(
-                "Writes a LoRA into the host's loras folder, with its training recipe in the file's metadata. Every LoRA "
+                "Writes a LoRA into the loras folder, with its training recipe in the file's metadata. Every LoRA "
                 "loader reads it: Stable Diffusion 1, 2 and XL in the kohya convention, others in ComfyUI's own."
             ),
             search_aliases=["save lora", "export lora", "write lora"],

@@ -37,7 +37,7 @@ def _settings_node(node_id: str, name: str, description: str, inputs: list, sock
         description=description,
         search_aliases=["lora settings", "training options", output.replace("_", " ")],
         inputs=inputs,
-        outputs=[socket.Output("settings", display_name=output, tooltip="Connect to the trainer's socket of this name.")],
+        outputs=[socket.Output("settings", display_name=output, tooltip="Connect to this socket of the trainer.")],
     )
 
 
@@ -178,8 +178,8 @@ class LoomObjectiveSettings(io.ComfyNode):
         return _settings_node(
             "LoomObjectiveSettings",
             "Objective Settings",
-            "How timesteps are drawn. The loss is the mean square error in the space the model predicts in (noise, v or "
-            "flow), whatever shift the sampling uses.",
+            "How timesteps are drawn. The loss is the mean square error in the space the model predicts in (noise, v "
+            "or flow), whatever shift the sampling uses.",
             [
                 io.Combo.Input(
                     "timesteps", options=list(TIMESTEPS), default=default.timesteps, tooltip=explained(TIMESTEPS)
@@ -266,7 +266,7 @@ class LoomPreviewSettings(io.ComfyNode):
                     tooltip="One prompt per line; each gives one picture per seed.",
                 ),
                 io.String.Input(
-                    "negative", default=default.negative, multiline=True, tooltip="The negative prompt of every picture."
+                    "negative", default=default.negative, multiline=True, tooltip="The negative prompt of all pictures."
                 ),
                 io.Int.Input(
                     "every",
@@ -279,7 +279,7 @@ class LoomPreviewSettings(io.ComfyNode):
                     "sampler", options=sampler_names(), default=default.sampler, tooltip="As in the KSampler node."
                 ),
                 io.Combo.Input(
-                    "scheduler", options=scheduler_names(), default=default.scheduler, tooltip="As in the KSampler node."
+                    "scheduler", options=scheduler_names(), default=default.scheduler, tooltip="As in the KSampler."
                 ),
                 io.Int.Input("steps", default=default.steps, min=1, max=1000, tooltip="Sampling steps per picture."),
                 io.Float.Input(

@@ -74,14 +74,14 @@ class LoomLoRATrainer(io.ComfyNode):
                     max=10.0,
                     step=1e-5,
                     round=False,
-                    tooltip="1e-4 suits AdamW on most models. Too high and the loss jumps; too low and nothing is learned.",
+                    tooltip="1e-4 suits AdamW on most models. Too high: the loss jumps. Too low: nothing is learned.",
                 ),
                 io.Int.Input(
                     "rank",
                     default=default.rank,
                     min=0,
                     max=1024,
-                    tooltip="Size of the adapters: 8 to 32 is usual. Larger ones learn more detail and are larger files.",
+                    tooltip="Size of the adapters, 8 to 32 is usual. Larger: more detail, larger files.",
                 ),
                 io.Float.Input(
                     "alpha",
@@ -127,14 +127,14 @@ class LoomLoRATrainer(io.ComfyNode):
                     "objective", optional=True, tooltip="Timesteps. Without: what suits the model."
                 ),
                 LOOM_RUN_SETTINGS.Input("run", optional=True, tooltip="Memory, saving and cancelling."),
-                LOOM_PREVIEW_SETTINGS.Input("preview", optional=True, tooltip="Pictures while training. Without: none."),
+                LOOM_PREVIEW_SETTINGS.Input("preview", optional=True, tooltip="Pictures while training."),
             ],
             outputs=[
-                LORA_MODEL.Output("lora", display_name="lora", tooltip="The trained LoRA, for any LoRA loader or saver."),
-                io.Model.Output("trained_model", display_name="model", tooltip="The MODEL with the LoRA at strength 1."),
+                LORA_MODEL.Output("lora", display_name="lora", tooltip="The trained LoRA, for any loader or saver."),
+                io.Model.Output("trained_model", display_name="model", tooltip="The MODEL with the LoRA, strength 1."),
                 io.Clip.Output("trained_clip", display_name="clip", tooltip="The CLIP that belongs to it."),
                 LOSS_MAP.Output("loss_map", display_name="loss_map", tooltip="The loss of every step, to plot."),
-                io.String.Output("report", display_name="report", tooltip="What was trained, and anything worth knowing."),
+                io.String.Output("report", display_name="report", tooltip="What was trained and what to know."),
             ],
         )
 

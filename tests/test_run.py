@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from lora_loom.kernels.files import LoraModel, to_state_dict, write_lora
 from lora_loom.kernels.lora import LoRA
 

@@ -72,7 +72,7 @@ class OutOfPlace(TorchFunctionMode):
         self._kept.append(old)
         self._latest[id(old)] = new
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         original = args[0] if args else None  # before it is followed to what it became: its identity is the key
         args, kwargs = self.outcome(args), self.outcome(kwargs or {})
         name = func.__name__

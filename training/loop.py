@@ -63,12 +63,15 @@ def generator(seed: int, purpose: str, position: int) -> torch.Generator:
 
 
 class Trainer:
-    """``adapters`` maps module paths to adapters whose tensors are trained in place (leaves on the compute device)."""
+    """``adapters`` maps module paths to adapters whose tensors are trained in place (leaves on the compute device).
+
+    ``denoiser`` may be set later, and anew for every loan of the model.
+    """
 
     def __init__(
         self,
         adapters: Mapping[str, LoRA],
-        denoiser: Denoiser,
+        denoiser: Denoiser | None,
         examples: Examples,
         plan: Plan,
         total_steps: int,
@@ -133,6 +136,7 @@ class Trainer:
 
     def loss(self, position: int) -> Tensor:
         """Mean loss of the ``position``-th micro-batch of the run, differentiable in the adapters."""
+        assert self.denoiser is not None, "a step needs a denoiser"
         per_epoch = self.examples.batches_per_epoch
         batch = self.examples.batch(position // per_epoch, position % per_epoch)
         seed, count = self.plan.seed, len(batch.latents)

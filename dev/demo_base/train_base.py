@@ -189,7 +189,12 @@ def main() -> None:
         if (step + 1) % 200 == 0 or step + 1 == STEPS:
             aside = options.state.with_suffix(".tmp")
             torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1},
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average,
+                    "step": step + 1,
+                },
                 aside,
             )
             aside.replace(options.state)

@@ -15,14 +15,14 @@ from typing import Any
 
 import comfy.sd
 import execution
-import nodes
 import numpy as np
-import tiny
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy_extras import nodes_train
 from PIL import Image
 
+import nodes
+import tiny
 from lora_loom.nodes import NODES
 
 WIDTHS: dict[str, dict[str, Any]] = {  # what makes a tiny model fit the tiny text encoders

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import classifier
 import comfy.sample
 import comfy.sd
-import host_extension  # noqa: F401 - the host learns to recognise the demo base
 import torch
+
+import classifier
+import host_extension  # noqa: F401 - the host learns to recognise the demo base
 from drawings import BACKGROUNDS, KNOWN_CLASSES, caption
 
 BASE = Path(__file__).resolve().parents[2] / "dev" / "demo_base" / "loom-demo-base.safetensors"

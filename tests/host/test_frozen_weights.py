@@ -8,10 +8,10 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
-from lora_loom.host.denoiser import HostDenoiser
 
 import tiny
 from live_bytes import LiveBytes, SavedTensors
+from lora_loom.host.denoiser import HostDenoiser
 from training import adapters_for, borrow, loss_of, samples_for
 
 STORED = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)

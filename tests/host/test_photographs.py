@@ -11,12 +11,14 @@ import statistics
 from pathlib import Path
 
 import comfy.sd
-import host_extension  # noqa: F401 - the host learns to recognise the demo base
 import numpy as np
 import pytest
 import skimage
 import sklearn
 import torch
+from PIL import Image
+
+import host_extension  # noqa: F401 - the host learns to recognise the demo base
 from lora_loom.host.denoiser import HostDenoiser
 from lora_loom.host.latents import EncodedExamples, encode_dataset
 from lora_loom.host.loan import borrow
@@ -26,7 +28,6 @@ from lora_loom.training.data import scan_folder
 from lora_loom.training.loop import Trainer, generator
 from lora_loom.training.objective import sample_losses
 from lora_loom.training.settings import OptimizerSettings, Plan
-from PIL import Image
 
 BASE = Path(__file__).resolve().parents[2] / "dev" / "demo_base" / "loom-demo-base.safetensors"
 SKIMAGE = Path(skimage.__file__).parent / "data"
