@@ -71,7 +71,7 @@ def conv_input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometr
     """∂L/∂x of ``y = conv(x, weight)`` for an input of ``shape``; the input itself is not needed."""
     if wants_product(grad, weight, geometry):
         return conv_input_gradient_by_product(shape, geometry, (grad, weight))
-    placeholder = grad.new_empty(1).expand(shape)
+    placeholder = grad.new_empty(shape)  # never read; anything but plain contiguous would be copied into that
     return conv_gradients(grad, placeholder, weight, geometry, (True, False))[0]
 
 
@@ -96,7 +96,7 @@ def conv_gradients(
 ) -> tuple[Tensor, Tensor]:
     """(∂L/∂x, ∂L/∂weight) of ``y = conv(x, weight)``; what is not ``wanted`` is None."""
     zeros = [0] * geometry.dimensions
-    gradients = torch.ops.aten.convolution_backward(
+    gradients = torch.ops.aten.convolution_backward.default(
         grad,
         x,
         weight,
