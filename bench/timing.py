@@ -19,7 +19,7 @@ class Contestant(Protocol):
 def take_turns(make: Mapping[str, Callable[[], Contestant]], repeats: int) -> dict[str, dict[str, Any]]:
     """name → median process-CPU and wall seconds of a step and the median of its ratios to ``frozen`` of that round.
 
-    The first two rounds are not counted: optimizers make their state in them and caches fill.
+    They go round in an order that rotates. The first two rounds are not counted: optimizers make their state in them and caches fill.
     """
     contestants = {name: build() for name, build in make.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
@@ -27,7 +27,9 @@ def take_turns(make: Mapping[str, Callable[[], Contestant]], repeats: int) -> di
     gc.disable()
     try:
         for turn in range(repeats + 2):
-            for name, one in contestants.items():
+            names = list(contestants)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
+                one = contestants[name]
                 cpu, wall = time.process_time(), time.perf_counter()
                 one.step()
                 spent = time.process_time() - cpu, time.perf_counter() - wall

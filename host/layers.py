@@ -82,15 +82,23 @@ class HostLayer:
         """Put copies of the cast weights into the module; they live as long as autograd holds them."""
         module = self.module
         with self._cast(like) as cast, torch.no_grad():
-            copies = {name: part.clone() for name, part in zip(("weight", "bias"), cast, strict=True) if part is not None}
-        before = dict(vars(module))
+            parts = zip(("weight", "bias"), cast, strict=True)
+            copies = {name: part.clone() for name, part in parts if part is not None}
+        own = {
+            "_parameters": {**module._parameters, **copies},
+            "comfy_cast_weights": False,
+            "weight_function": [],
+            "bias_function": [],
+        }
+        attributes = vars(module)
+        before = {name: attributes[name] for name in own if name in attributes}
+        attributes.update(own)
         try:
-            module._parameters = {**module._parameters, **copies}
-            module.comfy_cast_weights, module.weight_function, module.bias_function = False, [], []
             yield
         finally:
-            vars(module).clear()
-            vars(module).update(before)
+            for name in own:
+                del attributes[name]
+            attributes.update(before)
 
     def _resident(self, like: Tensor) -> bool:
         module = self.module

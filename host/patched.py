@@ -11,6 +11,7 @@ from typing import Any
 
 from .denoiser import UnsupportedModelError
 
+COMPILE = "torch.compile"  # the host's key for its wrapper
 KEPT_OBJECTS = {"model_sampling", "latent_format"}
 
 
@@ -54,9 +55,10 @@ def _is_compiled(value: Any) -> bool:
 def _call_time_patches(patcher: Any) -> list[str]:
     found: list[str] = []
     for kind, by_key in patcher.wrappers.items():
-        for functions in by_key.values():
-            found.extend(f"{kind} wrapper {_name(function)}" for function in functions)
+        for key, functions in by_key.items():
+            found.extend(COMPILE if key == COMPILE else f"{kind} wrapper {_name(function)}" for function in functions)
     options = dict(patcher.model_options)
+    options.pop("torch_compile_kwargs", None)  # the compile wrapper's own
     transformer = dict(options.pop("transformer_options", {}))
     found.extend(f"{name} {_name(value)}" for name, value in options.items() if callable(value) or value)
     override = transformer.pop("optimized_attention_override", None)

@@ -142,23 +142,24 @@ def _fresh_adapters(plan: Plan, targets: list[Target]) -> dict[str, LoRA]:
 
 def _start_from(adapters: dict[str, LoRA], given: LoraModel, targets: list[Target], names: NameTable) -> str:
     """Take over the layers that ``given`` holds; returns a note."""
-    alpha = next(iter(adapters.values())).alpha
     loaded, unplaced = from_state_dict(given, targets, names.find)
     if not loaded:
         raise OptionError(
             "start_from: none of its layers is trained here. It must be a LoRA for this MODEL, and the layers preset "
             "of the adapter settings must cover it"
         )
+    alphas = set()
     for path, adapter in loaded.items():
         if adapter.rank != adapters[path].rank:
             raise OptionError(
                 f"start_from has rank {adapter.rank} on {path}, rank is {adapters[path].rank}: "
                 f"set rank (or conv_rank) to {adapter.rank}"
             )
+        if adapter.alpha != adapters[path].alpha:
+            alphas.add(adapter.alpha)
         copies = [tensor.detach().clone().float() for tensor in adapter.parameters()]
         adapters[path] = LoRA(copies[0], copies[1], adapter.alpha)
     left = f", {len(unplaced)} of its keys are not trained here" if unplaced else ""
-    alphas = {adapter.alpha for adapter in loaded.values()} - {alpha}
     kept = f"; its alpha {', '.join(f'{value:g}' for value in sorted(alphas))} stays" if alphas else ""
     return f"started from the given LoRA on {len(loaded)} of {len(adapters)} layers{left}{kept}"
 

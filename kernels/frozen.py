@@ -10,6 +10,7 @@ a single product.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,10 +48,15 @@ class FrozenLayer(Protocol):
         ...
 
 
+class FrozenConvolution(FrozenLayer, Protocol):
+    """A convolution on loan."""
+
+    geometry: ConvGeometry
+
+
 def is_pointwise(weight: Tensor, geometry: ConvGeometry) -> bool:
     """A kernel of one pixel: the same matrix at every position."""
-    plain = all(step == 1 for step in geometry.stride) and not any(geometry.padding)
-    return plain and geometry.groups == 1 and all(side == 1 for side in weight.shape[2:])
+    return math.prod((*weight.shape[2:], *geometry.stride, geometry.groups)) == 1 and not any(geometry.padding)
 
 
 def wants_product(grad: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
@@ -63,8 +69,11 @@ def wants_product(grad: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
         return False
     if is_pointwise(weight, geometry):
         return True
-    few = weight[0].numel() >= 32 * (grad.numel() // grad.shape[1])
-    return geometry.dimensions == 2 and geometry.groups == 1 and few and weight.numel() >= 8_000_000
+    size = weight.numel()
+    if size < 8_000_000 or geometry.dimensions != 2 or geometry.groups != 1:
+        return False
+    few = 32 * grad.numel() // grad.shape[1]
+    return size // weight.shape[0] >= few
 
 
 def conv_input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: ConvGeometry) -> Tensor:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .frozen import (
     ConvGeometry,
+    FrozenConvolution,
     FrozenLayer,
     conv_gradients,
-    conv_input_gradient,
     conv_input_gradient_by_product,
     is_pointwise,
     wants_product,
@@ -109,15 +109,15 @@ class LoRA:
 
 
 class _LinearWithLoRA(torch.autograd.Function):
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ over x (…, in); saves x and h = x Aᵀ (…, rank)."""
+    """y = x Wᵀ + b + h Bᵀ over x (…, in); saves x and h = s x Aᵀ (…, rank)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, layer: FrozenLayer) -> Tensor:
         y = layer.forward(x)
         rows = x.reshape(-1, x.shape[-1])
         # narrow factors go in as contiguous (in, rank) and (rank, out): transposed they slow the product by a third
-        hidden = rows @ down.flatten(1).to(x.dtype).T.contiguous()
-        y.view(-1, y.shape[-1]).addmm_(hidden.to(y.dtype), up.flatten(1).to(y.dtype).T.contiguous(), alpha=scale)
+        hidden = (rows @ down.flatten(1).to(x.dtype).T.contiguous()).mul_(scale)
+        y.view(-1, y.shape[-1]).addmm_(hidden.to(y.dtype), up.flatten(1).to(y.dtype).T.contiguous())
         ctx.layer, ctx.scale = layer, scale
         ctx.save_for_backward(x, hidden, down, up)
         return y
@@ -128,7 +128,7 @@ class _LinearWithLoRA(torch.autograd.Function):
         a, b = down.flatten(1).to(x.dtype), up.flatten(1).to(x.dtype)
         rows, grads = x.reshape(-1, x.shape[-1]), grad.to(x.dtype).reshape(-1, grad.shape[-1])
         grad_hidden = (grads @ b).mul_(ctx.scale)
-        grad_up = (hidden.T @ grads).mul_(ctx.scale).T.to(up.dtype).reshape(up.shape)
+        grad_up = (hidden.T @ grads).T.to(up.dtype).reshape(up.shape)
         grad_down = (grad_hidden.T @ rows).to(down.dtype).view(down.shape)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -139,13 +139,13 @@ class _LinearWithLoRA(torch.autograd.Function):
 
 
 class _ConvWithLoRA(torch.autograd.Function):
-    """y = conv(x, W) + b + s B·conv(x, A) over x (N, in, *space); saves x and h = conv(x, A) (N, rank, *space')."""
+    """y = conv(x, W) + b + B·h over x (N, in, *space); saves x and h = s conv(x, A) (N, rank, *space')."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, layer: FrozenLayer) -> Tensor:
+    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, layer: FrozenConvolution) -> Tensor:
         y = layer.forward(x)
-        hidden = _convolve(x, down.to(x.dtype), layer.geometry)
-        _add_pointwise(y, up.flatten(1).to(x.dtype), hidden, scale)
+        hidden = _convolve(x, down.to(x.dtype), layer.geometry).mul_(scale)
+        _add_pointwise(y, up.flatten(1).to(x.dtype), hidden)
         ctx.layer, ctx.scale = layer, scale
         ctx.save_for_backward(x, hidden, down, up)
         return y
@@ -157,7 +157,7 @@ class _ConvWithLoRA(torch.autograd.Function):
         grad = grad.to(x.dtype)
         a, grad_x = down.to(x.dtype), None
         grad_hidden = _pointwise(up.flatten(1).T.to(x.dtype), grad).mul_(ctx.scale)
-        grad_up = _outer(grad, hidden).mul_(ctx.scale)
+        grad_up = _outer(grad, hidden)
         if not needs_x:
             grad_down = _kernel_gradient(grad_hidden, x, a, geometry)
         else:
@@ -167,7 +167,7 @@ class _ConvWithLoRA(torch.autograd.Function):
                     grad_down = _kernel_gradient(grad_hidden, x, a, geometry)
                 else:
                     branch_x, grad_down = conv_gradients(grad_hidden, x, a, geometry, (True, True))
-                    grad_x = conv_input_gradient(grad, x.shape, weight, geometry).add_(branch_x)
+                    grad_x = conv_gradients(grad, x, weight, geometry, (True, False))[0].add_(branch_x)
         return grad_x, grad_down.to(down.dtype), grad_up.to(up.dtype).view(up.shape), None, None
 
 
@@ -199,9 +199,9 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)).sum(0)
 
 
-def _add_pointwise(y: Tensor, matrix: Tensor, x: Tensor, scale: float) -> None:
-    """y += scale · (matrix · x), in place."""
+def _add_pointwise(y: Tensor, matrix: Tensor, x: Tensor) -> None:
+    """y += matrix · x, in place."""
     if y.is_contiguous():
-        y.flatten(2).baddbmm_(matrix.expand(len(x), -1, -1), x.flatten(2), alpha=scale)
+        y.flatten(2).baddbmm_(matrix.expand(len(x), -1, -1), x.flatten(2))
     else:
-        y.add_(_pointwise(matrix, x), alpha=scale)
+        y.add_(_pointwise(matrix, x))

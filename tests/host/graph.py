@@ -121,11 +121,15 @@ class Graph:
         self.number = 0
         self.ran: set[str] = set()
 
-    def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """What the prompt's Keep nodes got, by their ids. Raises GraphError."""
+    @staticmethod
+    def register(name: str, kind: type) -> None:
+        nodes.NODE_CLASS_MAPPINGS[name] = kind
+
+    def run(self, prompt: dict[str, Any], also: tuple[str, ...] = ()) -> dict[str, Any]:
+        """What the prompt's Keep nodes got, by their ids; ``also`` are further output nodes. Raises GraphError."""
         self.number += 1
         Keep.kept = {}
-        outputs = [key for key, value in prompt.items() if value["class_type"] == "Keep"]
+        outputs = [*also, *(key for key, value in prompt.items() if value["class_type"] == "Keep")]
         asyncio.run(self.executor.execute_async(prompt, f"prompt-{self.number}", {}, outputs))
         messages = dict(self.executor.status_messages)
         self.ran = set(prompt) - set(messages["execution_cached"]["nodes"])
