@@ -55,7 +55,7 @@ def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]
                 values[name] = rest.pop(0)
             elif "default" in options:
                 values[name] = options["default"]
-            if rest and (options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed"))):
+            if rest and options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")):
                 rest.pop(0)
             if rest and any(options.get(upload) for upload in UPLOADS):
                 rest.pop(0)

@@ -6,7 +6,6 @@ the node without checkpointing, with torch keeping a copy of every tensor that i
 """
 
 import contextlib
-import types
 
 import pytest
 import torch
@@ -19,9 +18,13 @@ from lora_loom.training.checkpointing import block_modules, guarded
 FAMILIES = ("flux", "flux2", "hunyuan_video")
 
 
+# the node asks for autocast to float32, which a CPU does not have; it then computes in float32 anyway
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
+
+
 def step_of_the_node(name, checkpointing, around=contextlib.nullcontext):
     """One step of the node → (loss, gradients of all its factors as one vector). ``around``: context over the model."""
-    patcher = tiny.tiny(name, depth=3)
+    patcher = tiny.tiny(name, depth=3 if name in FAMILIES else None)
     # newer hosts train on a second copy of the model; it is this one
     patcher.cached_patcher_init = (lambda disable_dynamic=False: patcher, ())
     latents = torch.randn(2, 1, *tiny.SPECS[name].latent, generator=torch.Generator().manual_seed(0))
@@ -87,6 +90,11 @@ def test_native_gradients_are_wrong_where_blocks_write_in_place_and_ours_are_rig
     native_loss, native = step_of_the_node(name, True)
     our_loss, our = step_of_the_node(name, False, ours)
     assert native_loss == pytest.approx(loss, rel=1e-6) and our_loss == pytest.approx(loss, rel=1e-6)
-    print(name, relative(native, reference), relative(our, reference))
-    assert relative(our, reference) < 1e-4
-    assert relative(native, reference) > 0.01
+    assert relative(our, reference) < 1e-6
+    assert relative(native, reference) > 0.01  # measured: Flux 5 %, Flux2 35 %, HunyuanVideo 4 %
+
+
+def test_the_reference_agrees_with_the_node_where_nothing_is_written_in_place():
+    loss, reference = step_of_the_node("sd15", False, copies_kept)
+    native_loss, native = step_of_the_node("sd15", True)
+    assert native_loss == loss and relative(native, reference) < 1e-6

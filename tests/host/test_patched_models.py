@@ -11,9 +11,8 @@ from comfy.model_patcher import PatcherInjection
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
-from graph import clip_for, images, sampled, tiny_model, vae_for
-from snapshot import weights
 
+from graph import clip_for, images, sampled, tiny_model, vae_for
 from lora_loom.host.denoiser import UnsupportedModelError
 from lora_loom.host.latents import encode_dataset
 from lora_loom.host.session import Request, train
@@ -22,6 +21,7 @@ from lora_loom.training.data import batch_order, scan_folder
 from lora_loom.training.loop import generator
 from lora_loom.training.objective import Prediction, draw_times
 from lora_loom.training.settings import ObjectiveSettings, Plan
+from snapshot import weights
 
 PLAN = Plan(length=2, batch_size=2, rank=2, alpha=2.0, learning_rate=1e-2, seed=5)
 
@@ -148,7 +148,7 @@ def test_a_model_function_wrapper(run, plain):
     before = carried(model)
     result = run(model)
     assert not memory and same(result.lora, plain.lora) and carried(model) == before
-    assert len(told(result)) == 3, "cfg function, its flag, the wrapper"
+    assert len(told(result)) == 2
     assert any(line.startswith("left out for training: model_function_wrapper ") for line in told(result))
     assert any(line.startswith("left out for training: sampler_cfg_function raising") for line in told(result))
 
@@ -230,7 +230,8 @@ def test_v_prediction_with_zero_terminal_snr(run, parts, plain):
     assert told(result) == [] and result.lora.metadata["modelspec.prediction_type"] == "v"
     assert result.losses[0] == pytest.approx(first_loss(model, parts), rel=1e-5)
     assert result.losses[0] != plain.losses[0]
-    assert carried(model) == before and type(base.model.model_sampling).__mro__[2] is comfy.model_sampling.EPS
+    assert carried(model) == before
+    assert isinstance(base.get_model_object("model_sampling"), comfy.model_sampling.EPS)
     assert torch.equal(sampled(base), pictures[0]) and torch.equal(sampled(model), pictures[1])
 
 

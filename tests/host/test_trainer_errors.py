@@ -5,13 +5,13 @@ from pathlib import Path
 
 import folder_paths
 import pytest
-import tiny
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
-from graph import Graph, GraphError, clip_for, images, node, tiny_model, training_prompt, vae_for
 from PIL import Image
 from safetensors import safe_open
 
+import tiny
+from graph import Graph, GraphError, clip_for, images, node, tiny_model, training_prompt, vae_for
 from lora_loom.host import session
 from lora_loom.host.runs import RunError, checked_name
 from lora_loom.host.session import Request, train

@@ -6,18 +6,18 @@ import random
 from pathlib import Path
 
 import folder_paths
-import nodes
 import numpy as np
 import pytest
 import torch
-from graph import OUTPUTS, Graph, clip_for, images, node, sampled, tiny_model, training_prompt
 from PIL import Image
 from safetensors import safe_open
-from snapshot import weights
 
+import nodes
+from graph import OUTPUTS, Graph, clip_for, images, node, sampled, tiny_model, training_prompt
 from lora_loom.nodes.applying import FROM_SOCKET, LoomLoRALoaderAdvanced
 from lora_loom.nodes.training import LoomLoRATrainer
 from lora_loom.training.settings import plan_from_json
+from snapshot import weights
 
 FAMILIES = ("sd15", "sdxl", "flux", "sd3")
 
@@ -304,6 +304,7 @@ def test_a_lora_without_metadata_is_taken(graph):
 def test_an_early_end_changes_the_fingerprint(graph, monkeypatch):
     """A stopped run is not served from the cache when it is queued again."""
     import comfy.model_management
+
     from lora_loom.training.loop import Trainer
 
     step = Trainer.step
