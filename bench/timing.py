@@ -19,7 +19,8 @@ class Contestant(Protocol):
 def take_turns(make: Mapping[str, Callable[[], Contestant]], repeats: int) -> dict[str, dict[str, Any]]:
     """name → median process-CPU and wall seconds of a step and the median of its ratios to ``frozen`` of that round.
 
-    They go round in an order that rotates. The first two rounds are not counted: optimizers make their state in them and caches fill.
+    They go round in an order that rotates. The first two rounds are not counted: optimizers make their state in them
+    and caches fill.
     """
     contestants = {name: build() for name, build in make.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}

@@ -72,8 +72,8 @@ class Previews:
     @torch.inference_mode()
     def __call__(self, run: Run, step: int, lora: Mapping[str, Tensor]) -> Image.Image:
         model, clip, _ = apply_lora(self.model, self.clip, lora, 1.0, 1.0)
-        device = model.load_device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the host's samplers seed the global one
+        devices = [model.load_device] if model.load_device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # the host's samplers seed the global generators
             rows = [self._pictures(model, clip, prompt) for prompt in self.settings.prompt_list]
         sheet = contact_sheet(rows)
         folder = run.folder / "previews"

@@ -2,8 +2,9 @@
 
 * ``block_modules``: the modules that are really called, one per block (the stacks of ``kernels.block_map``, one level
   deeper where the host walks through a block's children itself).
-* ``guarded``: for the time of a ``with``, blocks that write in place run out of place, and with ``checkpoint`` every
-  block keeps only its inputs and is run once more in backward (Chen et al. 2016, arXiv:1604.06174).
+* ``guarded``: for the time of a ``with``, blocks that write in place run out of place, and with ``checkpoint`` a
+  block keeps only its inputs and is run once more in backward (Chen et al. 2016, arXiv:1604.06174). Blocks on small
+  inputs, the bottom of a UNet, are left as they are: they cost much time and hold little memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from .inplace import OutOfPlace
+
+# Blocks whose input is a smaller share of the largest block's than this are not worth running twice (dev/LOG.md).
+WORTHWHILE_SHARE = 0.2
 
 
 def block_modules(blocks: Iterable[nn.Module]) -> list[nn.Module]:
@@ -43,7 +47,8 @@ def _inner_stack(module: nn.Module) -> list[nn.Module]:
 @contextmanager
 def guarded(modules: Iterable[nn.Module], checkpoint: bool) -> Iterator[None]:
     """Guard ``modules`` until the end of the ``with``; their instance attributes are then as before."""
-    guards = [_Guard(module, checkpoint) for module in modules]
+    sizes = _Sizes()
+    guards = [_Guard(module, sizes if checkpoint else None) for module in modules]
     try:
         for guard in guards:
             guard.hang()
@@ -53,11 +58,23 @@ def guarded(modules: Iterable[nn.Module], checkpoint: bool) -> Iterator[None]:
             guard.remove()
 
 
-class _Guard:
-    """The forward of one block, out of place where it has to be, checkpointed where that is wanted."""
+class _Sizes:
+    """The largest input any block has had; the first block of a network has it at once."""
 
-    def __init__(self, module: nn.Module, checkpoint: bool) -> None:
-        self.module, self.checkpoint = module, checkpoint
+    def __init__(self) -> None:
+        self.largest = 0
+
+    def worthwhile(self, values: Iterable[Any]) -> bool:
+        size = max((value.numel() for value in values if isinstance(value, torch.Tensor)), default=0)
+        self.largest = max(self.largest, size)
+        return size >= WORTHWHILE_SHARE * self.largest
+
+
+class _Guard:
+    """The forward of one block, out of place where it has to be, checkpointed where ``sizes`` finds it worthwhile."""
+
+    def __init__(self, module: nn.Module, sizes: _Sizes | None) -> None:
+        self.module, self.sizes = module, sizes
         self.inner = module.forward
         self.had_own = "forward" in module.__dict__
         self.writes_in_place: bool | None = None  # not known before the first call
@@ -76,7 +93,7 @@ class _Guard:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
-        if self.checkpoint:
+        if self.sizes is not None and self.sizes.worthwhile((*args, *kwargs.values())):
             return run_checkpointed(
                 self.out_of_place, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
             )

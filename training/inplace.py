@@ -10,6 +10,7 @@ the old tensor later, inside the same ``with``, is given the new one. Inputs of 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_map_only
 
-_ASSIGNMENTS = {
+_ASSIGNMENTS: dict[str, Callable[..., Tensor]] = {
     "__iadd__": torch.add,
     "__isub__": torch.sub,
     "__imul__": torch.mul,

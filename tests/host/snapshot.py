@@ -70,9 +70,8 @@ class Snapshot(dict):
         )
 
     def differences(self, other: Snapshot) -> dict:
-        return {
-            key: (self.get(key), other.get(key)) for key in self.keys() | other.keys() if self.get(key) != other.get(key)
-        }
+        keys = self.keys() | other.keys()
+        return {key: (self.get(key), other.get(key)) for key in keys if self.get(key) != other.get(key)}
 
 
 def bits(tensor: Tensor) -> str:

@@ -1,7 +1,6 @@
 """The ✕ on the real server: what is kept, that the same queue goes on, and that nothing unfinished is served again."""
 
 import json
-import random
 import re
 import struct
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from drawings import caption, draw
+from served import put_drawings
 
 STEPS = 24
 STOP_AT = 5
@@ -19,12 +18,8 @@ TEXT = 3  # the server's number for binary messages that carry a line of text
 @pytest.fixture(scope="module")
 def folder(server):
     """A data set in the server's input folder."""
-    place, rng = server.base / "input" / "cancel", random.Random(1)
-    place.mkdir(exist_ok=True)
-    for index in range(4):
-        draw("zorb", "white", 32, rng).save(place / f"{index}.png")
-        (place / f"{index}.txt").write_text(caption("zorb", "white"))
-    return place.name
+    put_drawings(server, "input", "cancel", 4)
+    return "cancel"
 
 
 def prompt_for(folder, run_name, on_cancel):

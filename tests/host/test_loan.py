@@ -41,7 +41,8 @@ def sample(name, patcher):
         latent = tiny.latent(name)
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
         cond, uncond = tiny.conditioning(name, seed=1), tiny.conditioning(name, seed=2)
-        return comfy.sample.sample(patcher, noise, 1, 2.0, "euler", "simple", cond, uncond, latent, seed=3, disable_pbar=True)
+        how = (1, 2.0, "euler", "simple")  # steps, guidance, sampler, scheduler
+        return comfy.sample.sample(patcher, noise, *how, cond, uncond, latent, seed=3, disable_pbar=True)
 
 
 def lifecycle(name, patcher):

@@ -179,8 +179,9 @@ def with_lora(model, seed=9, scale=0.3):
     """``model`` with a LoRA on some of its layers, as core's loaders put it there."""
     draws, lora = torch.Generator().manual_seed(seed), {}
     for target in select_targets(model.model, "attention", False):
-        lora[f"{target.path}.lora_down.weight"] = torch.randn(4, *target.shape[1:], generator=draws) * 0.1
-        lora[f"{target.path}.lora_up.weight"] = torch.randn(target.shape[0], 4, *target.shape[2:], generator=draws) * scale
+        (out, *rest), path = target.shape, target.path
+        lora[f"{path}.lora_down.weight"] = torch.randn(4, *rest, generator=draws) * 0.1
+        lora[f"{path}.lora_up.weight"] = torch.randn(out, 4, *rest[1:], generator=draws) * scale
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 

@@ -282,9 +282,9 @@ def test_previews_are_kept_in_the_run_folder(graph):
 
 def test_a_lora_can_be_trained_further_in_another_run(graph):
     prompt = training_prompt("sd15", "zorb", "base of two", alpha=1.0)
-    second = {**training_prompt("sd15", "zorb", "second of two", start_from=["3", 0], learning_rate=1e-8, length=1)}
-    prompt["8"], prompt["second"], prompt["told"] = second["3"], node("Keep", value=["8", 0]), node("Keep", value=["8", 4])
-    kept = graph.run(prompt)
+    second = training_prompt("sd15", "zorb", "second of two", start_from=["3", 0], learning_rate=1e-8, length=1)
+    keep = {"second": node("Keep", value=["8", 0]), "told": node("Keep", value=["8", 4])}
+    kept = graph.run({**prompt, "8": second["3"], **keep})
     assert "started from the given LoRA on 84 of 84 layers; its alpha 1 stays" in kept["told"]
     for key, value in kept["lora"].items():
         assert torch.allclose(value, kept["second"][key], atol=1e-6), key
@@ -296,7 +296,8 @@ def test_a_lora_without_metadata_is_taken(graph):
     target = "diffusion_model.middle_block.1.proj_in"
     plain = {f"{target}.lora_up.weight": torch.ones(64, 2, 1, 1), f"{target}.lora_down.weight": torch.ones(2, 64, 1, 1)}
     with torch.inference_mode():
-        model, _, words, report = LoomLoRALoaderAdvanced.execute(kept["model"], FROM_SOCKET, 1.0, 1.0, lora=plain).result
+        given = LoomLoRALoaderAdvanced.execute(kept["model"], FROM_SOCKET, 1.0, 1.0, lora=plain)
+    model, _, words, report = given.result
     assert "1 weights of the MODEL" in report and words == ""
     assert len(model.patches) == len(kept["model"].patches)
 
