@@ -287,6 +287,8 @@ def test_the_host_may_do_as_it_likes_during_a_loan(event, place, patched):
     wanted = pictures_wanted(event, patched)
     assert pictures and (wanted is None or all(torch.equal(picture, wanted) for picture in pictures))
     assert not [path for path, module in patcher.model.named_modules() if "forward" in vars(module)]
+    kept = [*patcher.model.diffusion_model.parameters(), *(entry.weight for entry in patcher.backup.values())]
+    assert all(tensor.is_inference() for tensor in kept), "an alias stayed behind"
     assert_like_new("sd15", patched, patcher)
 
 
@@ -364,11 +366,12 @@ def test_borrowing_a_loaded_base_while_its_lora_is_loaded_lends_the_base():
     """Under inference mode or not, the host must be able to take the LoRA off before the loan begins."""
     for outside in (False, True):
         patcher = model("sd15", False)
-        plain = weights(patcher)
+        plain, places = weights(patcher), {parameter.data_ptr() for parameter in patcher.model.parameters()}
         sample("sd15", core_lora(patcher, 21))
         assert weights(patcher) != plain
         with torch.inference_mode(not outside), borrow(patcher) as loan:
             assert weights(loan.patcher) == plain
+            assert {parameter.data_ptr() for parameter in patcher.model.parameters()} == places, "a weight was copied"
         assert_like_new("sd15", False, patcher)
 
 
