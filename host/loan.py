@@ -50,7 +50,7 @@ class Loan:
 
     def take(self) -> None:
         """Let the host load the model with this patcher's patches, and put aliases over its weights."""
-        with torch.inference_mode():  # as the host itself does: outside it cannot put back what loaders have made
+        with torch.inference_mode():  # as the host itself does: without it newer hosts copy what loaders have made
             comfy.model_management.load_models_gpu([self.patcher], memory_required=self.memory_required)
         self._slots = _slots(self.model.diffusion_model)
         for slot in self._slots:
