@@ -376,7 +376,8 @@ def test_borrowing_a_loaded_base_while_its_lora_is_loaded_lends_the_base():
         assert weights(patcher) != plain
         with torch.inference_mode(not outside), borrow(patcher) as loan:
             assert weights(loan.patcher) == plain
-            assert {parameter.data_ptr() for parameter in patcher.model.parameters()} == places, "a weight was copied"
+            copied = {parameter.data_ptr() for parameter in patcher.model.parameters()} - places
+            assert not copied, "weights have been copied"
         assert_like_new("sd15", False, patcher)
 
 
