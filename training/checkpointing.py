@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 from .inplace import OutOfPlace
 
 # Blocks whose input is a smaller share of the largest block's than this are not worth running twice (dev/LOG.md).
-WORTHWHILE_SHARE = 0.3
+WORTHWHILE_SHARE = 0.2
 
 
 def block_modules(blocks: Iterable[nn.Module]) -> list[nn.Module]:
