@@ -70,7 +70,6 @@ class _Session:
     request: Request
     run: Run
     patcher: Any
-    targets: list[Target]
     names: NameTable
     adapters: dict[str, LoRA]
     notes: list[str]
@@ -121,7 +120,7 @@ def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> _Ses
         if request.start_from is not None:
             note = _start_from(adapters, request.start_from, targets, names)
             notes.append("start_from has no effect: the run goes on with its own weights" if run.exists() else note)
-    session = _Session(request, run, patcher, targets, names, adapters, notes)
+    session = _Session(request, run, patcher, names, adapters, notes)
     _check_run(session)
     return session
 

@@ -9,8 +9,8 @@ from comfy_api.latest import io
 from ..host import folders
 from ..training.data import describe, folder_state, scan_folder
 from .compat import build
+from .sockets import CATEGORY, LOOM_DATASET
 
-LOOM_DATASET = io.Custom("LOOM_DATASET")
 NO_FOLDER = "(no folder with images yet)"
 
 
@@ -23,7 +23,7 @@ class LoomDatasetLoader(io.ComfyNode):
             io.Schema,
             node_id="LoomDatasetLoader",
             display_name="Dataset Loader",
-            category="LoRA Loom",
+            category=CATEGORY,
             description=(
                 "Reads a folder of images with captions. The caption of cat.png is the text in cat.txt beside it. "
                 "Images are turned upright, laid onto white where transparent, and sorted into aspect buckets."
