@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import tiny
 from lora_loom.host.denoiser import Conditioning, HostDenoiser
 from lora_loom.host.loan import borrow
+from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.layers import Target, select_targets
 from lora_loom.kernels.lora import LoRA
 from lora_loom.training.loop import Batch, Trainer
@@ -151,7 +152,7 @@ class OurStep(_Step):
         self.stack = ExitStack()
         with self.mode:
             draws = torch.Generator().manual_seed(0)
-            adapters = {t.path: LoRA.create(t.shape, rank, rank, draws) for t in shared.targets}
+            adapters = {t.path: LoRA.create(t.shape, Options(rank, rank), draws) for t in shared.targets}
             loan = self.stack.enter_context(borrow(shared.patcher, adapters, checkpoint))
             plan = Plan(learning_rate=RATE, optimizer=OptimizerSettings(max_grad_norm=1.0))
             self.trainer = Trainer(adapters, HostDenoiser(loan), self, plan, total_steps=1_000_000)

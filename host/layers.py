@@ -15,8 +15,9 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ..kernels.frozen import ConvGeometry, frozen_conv, frozen_linear, frozen_other
-from ..kernels.lora import LoRA
+from ..kernels.adapter import Adapter
+from ..kernels.frozen import frozen_conv, frozen_linear, frozen_other
+from ..kernels.products import ConvGeometry
 from ..training.inplace import latest
 
 
@@ -40,7 +41,7 @@ class HostLayer:
     ``gate.open()`` says whether adapters act now, ``gate.check()`` raises where the weights are no longer those lent.
     """
 
-    def __init__(self, module: Any, adapter: LoRA | None, gate: Any) -> None:
+    def __init__(self, module: Any, adapter: Adapter | None, gate: Any) -> None:
         self.module, self.adapter, self.gate = module, adapter, gate
         self.geometry = conv_geometry(module)
         # the host's quantised linear is not a torch one
@@ -68,6 +69,14 @@ class HostLayer:
             dense = weight if type(weight) in (Tensor, nn.Parameter) else weight.dequantize().to(like.dtype)
             smoothing = getattr(self.module, "pre_quant_scale", None)  # the host multiplies the input with it
             yield dense if smoothing is None else dense * smoothing.to(like.device, like.dtype)
+
+    def bias(self, like: Tensor) -> Tensor | None:
+        if self.module.bias is None:
+            return None
+        if self._resident(like):
+            return self.module.bias
+        with self._cast(like) as (_, bias):
+            return None if bias is None else bias.clone()
 
     @contextmanager
     def _cast(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:

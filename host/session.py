@@ -17,6 +17,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ..kernels.adapter import Options
 from ..kernels.files import LoraModel, from_state_dict, to_state_dict, training_metadata
 from ..kernels.layers import Target, select_targets
 from ..kernels.lora import LoRA
@@ -135,7 +136,7 @@ def _fresh_adapters(plan: Plan, targets: list[Target]) -> dict[str, LoRA]:
         spatial = _is_spatial(target)
         rank = plan.adapter.conv_rank if spatial else plan.rank
         alpha = plan.adapter.conv_alpha if spatial else plan.alpha
-        adapters[target.path] = LoRA.create(target.shape, rank, alpha, generator(plan.seed, "adapter", index))
+        adapters[target.path] = LoRA.create(target.shape, Options(rank, alpha), generator(plan.seed, "adapter", index))
     return adapters
 
 

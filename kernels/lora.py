@@ -1,58 +1,103 @@
-"""LoRA on linear layers and 1×1 convolutions, LoCon on k×k convolutions.
+"""LoRA on linear layers, LoCon on convolutions, DyLoRA, LoRA-FA.
 
-* ``LoRA``: the two factors and alpha of one adapter; W' = W + strength · (alpha / rank) · up · down
-  (Hu et al. 2021, arXiv:2106.09685; LoCon as in LyCORIS: ``down`` carries the kernel, ``up`` is 1×1).
-* ``LoRA.merged`` and ``LoRA.branch``: the same adapter in a weight, or beside it.
-* ``LoRA.on``: the branch fused with a frozen layer, for training. ΔW is never built, the layer's weight is never
-  saved, and the only tensors kept for backward are the input and the rank-sized product ``down · x``.
-
-Factors stay in their own dtype (float32 in training); products run in the input's dtype.
+* ``LoRA``: W' = W + (alpha / rank) · up · down (Hu et al. 2021, arXiv:2106.09685). On k×k convolutions ``down`` carries
+  the kernel and ``up`` is 1×1 (LoCon, as in LyCORIS); with Tucker's decomposition ``down`` and ``up`` are both 1×1 and
+  ``mid`` (rank, rank, *kernel) lies between them: ΔW[o, i] = s · Σ up[o, p] mid[p, q] down[q, i].
+* ``LoRA._on``: fused with the frozen layer. ΔW is never built and the layer's weight never saved; kept for backward are
+  the input and, of convolutions, the rank-sized product.
+* ``DyLoRA``: every step trains a random prefix of the ranks (Valipour et al. 2022, arXiv:2210.07558, as in kohya's
+  networks/dylora.py), so that the file can be cut to any rank. A plain LoRA otherwise.
+* ``LoRAFA``: ``down`` stays as it was drawn (Zhang et al. 2023, arXiv:2308.03303). A plain LoRA otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
-from .frozen import (
-    ConvGeometry,
-    FrozenConvolution,
-    FrozenLayer,
+from .adapter import Additive, Options, fitted, kaiming, low_rank_scale, scalar, wide
+from .frozen import FrozenConvolution, FrozenLayer
+from .products import (
+    add_pointwise,
+    channel_dim,
     conv_gradients,
     conv_input_gradient_by_product,
-    is_pointwise,
+    convolve,
+    kernel_gradient,
+    mix,
+    outer,
+    pointwise,
+    walked,
     wants_product,
 )
 
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 
-class LoRA:
-    """``down`` (rank, in, *kernel), ``up`` (out, rank, *ones), ``alpha`` a plain number that is never trained."""
 
-    def __init__(self, down: Tensor, up: Tensor, alpha: float) -> None:
-        if down.shape[0] != up.shape[1]:
-            raise ValueError(f"lora_down has rank {down.shape[0]} but lora_up has rank {up.shape[1]}")
-        self.down, self.up, self.alpha = down, up, float(alpha)
+class LoRA(Additive):
+    """``down`` (rank, in, *kernel), ``up`` (out, rank, *ones); with ``mid`` (rank, rank, *kernel) both are 1×1."""
+
+    name = "LoRA"
+    fast_parts = frozenset({UP})
+    alpha: float
+
+    def __init__(self, down: Tensor, up: Tensor, alpha: float, mid: Tensor | None = None) -> None:
+        if down.shape[0] != up.shape[1] or (mid is not None and mid.shape[:2] != (len(down), len(down))):
+            ranks = f"lora_down has rank {down.shape[0]} but lora_up has rank {up.shape[1]}"
+            raise ValueError(ranks if mid is None else f"{ranks} and lora_mid {tuple(mid.shape[:2])}")
+        kernel = down.shape[2:] if mid is None else mid.shape[2:]
+        tensors = {DOWN: down, UP: up} | ({} if mid is None else {MID: mid})
+        super().__init__(tensors, (up.shape[0], down.shape[1], *kernel), alpha)
 
     @classmethod
-    def create(
-        cls,
-        shape: Sequence[int],
-        rank: int,
-        alpha: float,
-        generator: torch.Generator,
-        dtype: torch.dtype = torch.float32,
-    ) -> LoRA:
-        """A fresh adapter for a weight of ``shape``: ΔW = 0, down ~ U(−1/√fan_in, 1/√fan_in) (kaiming, a = √5)."""
+    def create(cls, shape: Sequence[int], options: Options, draws: torch.Generator) -> Self:
+        """down, mid ~ U(−1/√fan_in, 1/√fan_in) (kaiming, a = √5), up = 0."""
         out_features, in_features, *kernel = shape
-        bound = 1 / math.sqrt(in_features * math.prod(kernel))
-        uniform = torch.rand((rank, in_features, *kernel), generator=generator, dtype=torch.float64)
-        down = ((2 * uniform - 1) * bound).to(dtype)
-        up = torch.zeros((out_features, rank, *(1 for _ in kernel)), dtype=dtype)
-        return cls(down, up, alpha)
+        rank, ones = options.rank, [1] * len(kernel)
+        tucker = options.tucker and math.prod(kernel) > 1
+        alpha = options.alpha * (math.sqrt(rank) if options.rank_stabilised else 1)  # as LyCORIS keeps it in its files
+        mid = None
+        down = kaiming((rank, in_features, *(ones if tucker else kernel)), draws)
+        if tucker:
+            mid = kaiming((rank, rank, *kernel), draws)
+        return cls(down, torch.zeros((out_features, rank, *ones)), alpha, mid)
+
+    @classmethod
+    def read(cls, parts: Mapping[str, Tensor], shape: Sequence[int] | None) -> Self:
+        if not {DOWN, UP} <= parts.keys():
+            raise ValueError(f"{UP if DOWN in parts else DOWN} is missing")
+        down, up, mid = parts[DOWN], parts[UP], parts.get(MID)
+        if down.ndim < 2 or up.ndim < 2 or not len(down):
+            raise ValueError(f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} are not a pair of factors")
+        if shape is not None:
+            out_features, in_features, *kernel = shape
+            rank, ones = len(down), [1] * len(kernel)
+            # a 1×1 convolution and a linear layer differ by trailing ones only
+            down = fitted(down, (rank, in_features, *(kernel if mid is None else ones)), "lora_down")
+            up = fitted(up, (out_features, rank, *ones), "lora_up")
+            mid = None if mid is None else fitted(mid, (rank, rank, *kernel), "lora_mid")
+        alpha = scalar(parts)
+        return cls(down, up, len(down) if alpha is None else alpha, mid)
+
+    @property
+    def down(self) -> Tensor:
+        return self.tensors[DOWN]
+
+    @property
+    def up(self) -> Tensor:
+        return self.tensors[UP]
+
+    @property
+    def mid(self) -> Tensor | None:
+        return self.tensors.get(MID)
+
+    @property
+    def factors(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self.tensors)
 
     @property
     def rank(self) -> int:
@@ -60,148 +105,177 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight this adapter belongs to: (out, in, *kernel)."""
-        return (self.up.shape[0], *self.down.shape[1:])
-
-    def parameters(self) -> list[Tensor]:
-        """What is trained."""
-        return [self.down, self.up]
-
-    def to(self, device: torch.device) -> LoRA:
-        return LoRA(self.down.to(device), self.up.to(device), self.alpha)
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors under the names every loader knows; contiguous, detached and on the CPU."""
-        return {
-            "lora_down.weight": self.down.detach().to("cpu", copy=True).contiguous(),
-            "lora_up.weight": self.up.detach().to("cpu", copy=True).contiguous(),
-            "alpha": torch.tensor(self.alpha),
-        }
+        return low_rank_scale(self.alpha, self.rank)
 
     def delta(self) -> Tensor:
         """ΔW (out, in, *kernel) = (alpha / rank) · up · down."""
-        return (self.scale * self.up.flatten(1) @ self.down.flatten(1)).view(self.shape)
+        assert self.shape is not None
+        up, down = wide(self.up).flatten(1), wide(self.down).flatten(1)
+        if self.mid is not None:
+            down = torch.einsum("pq...,qi->pi...", wide(self.mid), down).flatten(1)
+        return (self.scale * up @ down).view(self.shape)
 
-    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """W + strength · ΔW in ``weight``'s dtype and shape (a 1×1 adapter also fits a linear weight)."""
-        delta = self.delta().to(weight.device).reshape(weight.shape)
-        return (weight.to(delta.dtype) + strength * delta).to(weight.dtype)
+    def norm(self) -> Tensor:
+        """From the factors' Gram matrices where they say all: ‖up · down‖² = ⟨upᵀ up, down downᵀ⟩."""
+        if self.mid is not None:
+            return super().norm()
+        up, down = wide(self.up).flatten(1), wide(self.down).flatten(1)
+        return abs(self.scale) * (up.T @ up).mul(down @ down.T).sum().clamp_min(0).sqrt()
 
-    def branch(
-        self, x: Tensor, base_out: Tensor, geometry: ConvGeometry | None = None, strength: float = 1.0
-    ) -> Tensor:
-        """base_out + strength · ΔW x, differentiable in everything; ``geometry`` for convolutions."""
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+    def contribution(self, x: Tensor, base_out: Tensor, layer: FrozenLayer) -> Tensor:
+        geometry = layer.geometry
+        if geometry is not None and geometry.groups > 1:
+            return super().contribution(x, base_out, layer)
+        down, up = self.down.to(x.dtype), self.up.flatten(1).to(x.dtype)
         if geometry is None:
-            return base_out + (strength * self.scale) * F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
-        hidden = _convolve(x, down, geometry)
-        return base_out + (strength * self.scale) * _pointwise(up.flatten(1), hidden)
+            return self.scale * mix(mix(x, down.flatten(1), None), up, None)
+        if self.mid is None:
+            return self.scale * pointwise(up, convolve(x, down, geometry))
+        hidden = convolve(pointwise(down.flatten(1), x), self.mid.to(x.dtype), geometry)
+        return self.scale * pointwise(up, hidden)
+
+    def _on(self, x: Tensor, layer: FrozenLayer) -> Tensor:
+        return self._fused(x, layer, None)
+
+    def _on_with_dropout(self, x: Tensor, layer: FrozenLayer, draws: torch.Generator) -> Tensor:
+        """Dropout on the rank-sized product, where kohya's trainers have it."""
+        if self.mid is not None or (layer.geometry is not None and layer.geometry.groups > 1):
+            return super()._on_with_dropout(x, layer, draws)
+        geometry = layer.geometry
+        if geometry is None:
+            shape: tuple[int, ...] = (*x.shape[:-1], self.rank)
+        else:
+            shape = (len(x), self.rank, *walked(x.shape[2:], self.down.shape[2:], geometry))
+        mask = self.dropout.mask(shape, channel_dim(geometry), draws)
+        if mask is not None:
+            mask = mask.to(x.device, x.dtype)
+            mask = mask.expand(shape).reshape(-1, self.rank) if geometry is None else mask
+        return self._fused(x, layer, mask)
+
+    def _fused(self, x: Tensor, layer: FrozenLayer, mask: Tensor | None) -> Tensor:
+        if layer.geometry is None:
+            return _LinearWithLoRA.apply(x, self.down, self.up, mask, self.scale, layer)
+        if self.mid is not None or layer.geometry.groups > 1:
+            return super()._on(x, layer)
+        return _ConvWithLoRA.apply(x, self.down, self.up, mask, self.scale, layer)
+
+
+class DyLoRA(LoRA):
+    """Trains ranks [b, b + unit) against the ranks before them, b drawn per step; scaled by √(rank / (b + unit))."""
+
+    name = "DyLoRA"
+
+    def __init__(self, down: Tensor, up: Tensor, alpha: float, mid: Tensor | None = None, unit: int = 1) -> None:
+        super().__init__(down, up, alpha, mid)
+        if unit < 1 or self.rank % unit:
+            raise ValueError(f"unit is {unit}, expected a divisor of the rank {self.rank}")
+        self.unit = unit
+
+    @classmethod
+    def create(cls, shape: Sequence[int], options: Options, draws: torch.Generator) -> Self:
+        plain = LoRA.create(shape, options, draws)
+        return cls(plain.down, plain.up, plain.alpha, plain.mid, options.unit)
+
+    def active_ranks(self) -> tuple[int, int]:
+        """(first, end) of the ranks this step trains; all of them when no seed is set."""
+        if self.seed is None:
+            return 0, self.rank
+        draws = torch.Generator().manual_seed(self.seed ^ 0x0D71)  # other draws than those of the dropout
+        first = int(torch.randint(self.rank // self.unit, (), generator=draws)) * self.unit
+        return first, first + self.unit
 
     def on(self, x: Tensor, layer: FrozenLayer) -> Tensor:
-        """The layer's output with the adapter, W x + b + ΔW x, for training."""
-        if layer.geometry is None:
-            return _LinearWithLoRA.apply(x, self.down, self.up, self.scale, layer)
-        return _ConvWithLoRA.apply(x, self.down, self.up, self.scale, layer)
+        if self.seed is None:
+            return super().on(x, layer)
+        first, end = self.active_ranks()
+        down = torch.cat([self.down[:first].detach(), self.down[first:end]])
+        up = torch.cat([self.up[:, :first].detach(), self.up[:, first:end]], 1)
+        mid = None if self.mid is None else self.mid[:end, :end]
+        step = LoRA(down, up, self.scale * math.sqrt(self.rank / end) * end, mid)
+        step.dropout, step.seed = self.dropout, self.seed
+        return step.on(x, layer)
+
+
+class LoRAFA(LoRA):
+    """LoRA whose ``down`` is frozen; only ``up`` is trained."""
+
+    name = "LoRA-FA"
+    fixed_parts = frozenset({DOWN})
 
 
 class _LinearWithLoRA(torch.autograd.Function):
-    """y = x Wᵀ + b + h Bᵀ over x (…, in); saves x and h = s x Aᵀ (…, rank)."""
+    """y = x Wᵀ + b + h Bᵀ over x (…, in), h = s x Aᵀ; saves x, or h alone where A is not trained."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, layer: FrozenLayer) -> Tensor:
+    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float, layer: FrozenLayer):
         y = layer.forward(x)
-        rows = x.reshape(-1, x.shape[-1])
-        # narrow factors go in as contiguous (in, rank) and (rank, out): transposed they slow the product by a third
-        hidden = (rows @ down.flatten(1).to(x.dtype).T.contiguous()).mul_(scale)
+        hidden = _hidden(x, down, mask, scale)
         y.view(-1, y.shape[-1]).addmm_(hidden.to(y.dtype), up.flatten(1).to(y.dtype).T.contiguous())
-        ctx.layer, ctx.scale = layer, scale
-        ctx.save_for_backward(x, hidden, down, up)
+        ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, x.shape, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else hidden, down, up, mask)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, hidden, down, up = ctx.saved_tensors
-        a, b = down.flatten(1).to(x.dtype), up.flatten(1).to(x.dtype)
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.to(x.dtype).reshape(-1, grad.shape[-1])
-        grad_hidden = (grads @ b).mul_(ctx.scale)
-        grad_up = (hidden.T @ grads).T.to(up.dtype).reshape(up.shape)
-        grad_down = (grad_hidden.T @ rows).to(down.dtype).view(down.shape)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
+        kept, down, up, mask = ctx.saved_tensors
+        needs_x, needs_down, needs_up, *_ = ctx.needs_input_grad
+        grads = grad.to(ctx.dtype).reshape(-1, grad.shape[-1])
+        grad_x = grad_down = grad_up = None
+        if needs_up:
+            hidden = _hidden(kept, down, mask, ctx.scale) if needs_down else kept
+            grad_up = (hidden.T @ grads).T.to(up.dtype).reshape(up.shape)
+        if needs_x or needs_down:
+            grad_hidden = (grads @ up.flatten(1).to(ctx.dtype)).mul_(ctx.scale)
+            if mask is not None:
+                grad_hidden.mul_(mask)
+        if needs_down:
+            grad_down = (grad_hidden.T @ kept.reshape(-1, kept.shape[-1])).to(down.dtype).view(down.shape)
+        if needs_x:
             with ctx.layer.weight(grads) as weight:
                 grad_x = grads @ weight
-            grad_x = grad_x.addmm_(grad_hidden, a).view(x.shape)
-        return grad_x, grad_down, grad_up, None, None
+            grad_x = grad_x.addmm_(grad_hidden, down.flatten(1).to(ctx.dtype)).view(ctx.shape)
+        return grad_x, grad_down, grad_up, None, None, None
+
+
+def _hidden(x: Tensor, down: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """s x Aᵀ, masked, as rows (positions, rank)."""
+    # a narrow factor goes in as contiguous (in, rank): transposed it slows the product by a third
+    hidden = (x.reshape(-1, x.shape[-1]) @ down.flatten(1).to(x.dtype).T.contiguous()).mul_(scale)
+    return hidden if mask is None else hidden.mul_(mask)
 
 
 class _ConvWithLoRA(torch.autograd.Function):
     """y = conv(x, W) + b + B·h over x (N, in, *space); saves x and h = s conv(x, A) (N, rank, *space')."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, layer: FrozenConvolution) -> Tensor:
+    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float, layer: FrozenConvolution):
         y = layer.forward(x)
-        hidden = _convolve(x, down.to(x.dtype), layer.geometry).mul_(scale)
-        _add_pointwise(y, up.flatten(1).to(x.dtype), hidden)
+        hidden = convolve(x, down.to(x.dtype), layer.geometry).mul_(scale)
+        if mask is not None:
+            hidden.mul_(mask)
+        add_pointwise(y, up.flatten(1).to(x.dtype), hidden)
         ctx.layer, ctx.scale = layer, scale
-        ctx.save_for_backward(x, hidden, down, up)
+        ctx.save_for_backward(x, hidden, down, up, mask)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, hidden, down, up = ctx.saved_tensors
-        geometry, needs_x = ctx.layer.geometry, ctx.needs_input_grad[0]
+        x, hidden, down, up, mask = ctx.saved_tensors
+        geometry, (needs_x, needs_down, *_) = ctx.layer.geometry, ctx.needs_input_grad
         grad = grad.to(x.dtype)
-        a, grad_x = down.to(x.dtype), None
-        grad_hidden = _pointwise(up.flatten(1).T.to(x.dtype), grad).mul_(ctx.scale)
-        grad_up = _outer(grad, hidden)
+        a, grad_x, grad_down = down.to(x.dtype), None, None
+        grad_hidden = pointwise(up.flatten(1).T.to(x.dtype), grad).mul_(ctx.scale)
+        if mask is not None:
+            grad_hidden.mul_(mask)
+        grad_up = outer(grad, hidden).to(up.dtype).view(up.shape)
         if not needs_x:
-            grad_down = _kernel_gradient(grad_hidden, x, a, geometry)
+            grad_down = kernel_gradient(grad_hidden, x, a, geometry)
         else:
             with ctx.layer.weight(grad) as weight:
                 if wants_product(grad, weight, geometry):
                     grad_x = conv_input_gradient_by_product(x.shape, geometry, (grad, weight), (grad_hidden, a))
-                    grad_down = _kernel_gradient(grad_hidden, x, a, geometry)
+                    grad_down = kernel_gradient(grad_hidden, x, a, geometry) if needs_down else None
                 else:
-                    branch_x, grad_down = conv_gradients(grad_hidden, x, a, geometry, (True, True))
+                    branch_x, grad_down = conv_gradients(grad_hidden, x, a, geometry, (True, needs_down))
                     grad_x = conv_gradients(grad, x, weight, geometry, (True, False))[0].add_(branch_x)
-        return grad_x, grad_down.to(down.dtype), grad_up.to(up.dtype).view(up.shape), None, None
-
-
-def _convolve(x: Tensor, kernel: Tensor, geometry: ConvGeometry) -> Tensor:
-    """conv(x, kernel) in one, two or three dimensions."""
-    if is_pointwise(kernel, geometry):
-        return _pointwise(kernel.flatten(1), x)
-    zeros = [0] * geometry.dimensions
-    return torch.convolution(
-        x, kernel, None, geometry.stride, geometry.padding, geometry.dilation, False, zeros, geometry.groups
-    )
-
-
-def _kernel_gradient(grad: Tensor, x: Tensor, kernel: Tensor, geometry: ConvGeometry) -> Tensor:
-    """∂L/∂kernel of conv(x, kernel)."""
-    if is_pointwise(kernel, geometry):
-        return _outer(grad, x).view(kernel.shape)
-    return conv_gradients(grad, x, kernel, geometry, (False, True))[1]
-
-
-def _pointwise(matrix: Tensor, x: Tensor) -> Tensor:
-    """A 1×1 convolution: (out, in) · (N, in, *space) → (N, out, *space)."""
-    product = torch.bmm(matrix.expand(len(x), -1, -1), x.flatten(2))
-    return product.view(*product.shape[:2], *x.shape[2:])
-
-
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """Σ over samples and positions of a bᵀ: (N, p, *space), (N, q, *space) → (p, q)."""
-    return torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)).sum(0)
-
-
-def _add_pointwise(y: Tensor, matrix: Tensor, x: Tensor) -> None:
-    """y += matrix · x, in place."""
-    if y.is_contiguous():
-        y.flatten(2).baddbmm_(matrix.expand(len(x), -1, -1), x.flatten(2))
-    else:
-        y.add_(_pointwise(matrix, x))
+        return grad_x, None if grad_down is None else grad_down.to(down.dtype), grad_up, None, None, None

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # the checkout's own `nodes/` would hide the host's `nodes.py`
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
-sys.path += [str(ROOT / folder) for folder in ("tests/host", "dev", "dev/demo_base")]
+sys.path += [str(ROOT / folder) for folder in ("tests/host", "tests/kernels", "dev", "dev/demo_base")]
 
 
 def pytest_sessionfinish(session):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.files import LoraModel, to_state_dict, write_lora
 from lora_loom.kernels.lora import LoRA
 
@@ -25,7 +26,7 @@ def test_inspect_from_a_folder_of_any_name(tmp_path):
         shutil.copy(ROOT / part, folder / part)
     for part in ("kernels", "training"):
         shutil.copytree(ROOT / part, folder / part)
-    adapter = LoRA.create((7, 5), 3, 3.0, torch.Generator().manual_seed(0))
+    adapter = LoRA.create((7, 5), Options(3, 3.0), torch.Generator().manual_seed(0))
     file = tmp_path / "one.safetensors"
     write_lora(LoraModel(to_state_dict({"a.b": adapter}, lambda path: path)), file, {"modelspec.title": "one"})
     result = run(folder, "inspect", str(file))

@@ -22,6 +22,7 @@ import host_extension  # noqa: F401 - the host learns to recognise the demo base
 from lora_loom.host.denoiser import HostDenoiser
 from lora_loom.host.latents import EncodedExamples, encode_dataset
 from lora_loom.host.loan import borrow
+from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.lora import LoRA
 from lora_loom.training.data import scan_folder
@@ -99,7 +100,7 @@ def data(loaded, tmp_path_factory):
 def adapters_for(model, seed):
     targets = select_targets(model.model, "attention+MLP", conv=False)
     targets += [t for t in select_targets(model.model, "full", conv=True) if t.path not in {x.path for x in targets}]
-    return {t.path: LoRA.create(t.shape, 4, 4.0, generator(seed, "adapter", i)) for i, t in enumerate(targets)}
+    return {t.path: LoRA.create(t.shape, Options(4, 4.0), generator(seed, "adapter", i)) for i, t in enumerate(targets)}
 
 
 def trained(model, examples, seed):

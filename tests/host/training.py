@@ -7,6 +7,7 @@ import torch
 import tiny
 from lora_loom.host.denoiser import Conditioning, HostDenoiser
 from lora_loom.host.loan import borrow
+from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.lora import LoRA
 from lora_loom.training.objective import sample_losses
@@ -17,7 +18,7 @@ def adapters_for(patcher, preset="full", conv=True, rank=3, seed=0, dtype=torch.
     draws = torch.Generator().manual_seed(seed)
     adapters = {}
     for target in select_targets(patcher.model, preset, conv):
-        adapter = LoRA.create(target.shape, rank, 2.0, draws, dtype)
+        adapter = LoRA.create(target.shape, Options(rank, 2.0), draws).to(dtype=dtype)
         if filled:
             adapter.up.copy_(torch.randn(adapter.up.shape, generator=draws, dtype=torch.float64).to(dtype) * 0.1)
         adapters[target.path] = adapter

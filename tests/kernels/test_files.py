@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.files import (
     LoraModel,
     from_state_dict,
@@ -35,7 +36,7 @@ def write_name(path):
 
 def adapters(rank=2, alpha=3.0):
     draws = torch.Generator().manual_seed(0)
-    made = {target.path: LoRA.create(target.shape, rank, alpha, draws) for target in TARGETS}
+    made = {target.path: LoRA.create(target.shape, Options(rank, alpha), draws) for target in TARGETS}
     for adapter in made.values():
         adapter.up.normal_(generator=draws)
     return made

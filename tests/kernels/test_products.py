@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_loom.kernels import lora
-from lora_loom.kernels.frozen import ConvGeometry, conv_input_gradient_by_product, wants_product
+from lora_loom.kernels.adapter import Options
+from lora_loom.kernels.lora import LoRA
+from lora_loom.kernels.products import ConvGeometry, conv_input_gradient_by_product, wants_product
 
 GEOMETRIES = {
     "3×3": (ConvGeometry((1, 1), (1, 1), (1, 1)), (3, 3)),
@@ -49,7 +50,7 @@ def test_a_large_weight_at_few_positions_takes_the_product():
     """Both roads give the same gradients; the figures that decide between them are in dev/LOG.md."""
     draws = torch.Generator().manual_seed(0)
     weight = torch.randn((950, 950, 3, 3), generator=draws) / 100
-    adapter = lora.LoRA.create(weight.shape, 4, 4.0, draws)
+    adapter = LoRA.create(weight.shape, Options(4, 4.0), draws)
     adapter.up.normal_(generator=draws)
     x = torch.randn((1, 950, 4, 4), generator=draws)
     grad = torch.randn((1, 950, 4, 4), generator=draws)
@@ -59,6 +60,6 @@ def test_a_large_weight_at_few_positions_takes_the_product():
     for tensor in tensors:
         tensor.requires_grad_(True)
     got = torch.autograd.grad(adapter.on(x, _Layer(weight)), tensors, grad)
-    expected = torch.autograd.grad(adapter.branch(x, F.conv2d(x, weight, padding=1), _Layer.geometry), tensors, grad)
+    expected = torch.autograd.grad(adapter.branch(x, F.conv2d(x, weight, padding=1), _Layer(weight)), tensors, grad)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)

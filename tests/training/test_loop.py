@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.lora import LoRA
 from lora_loom.training.loop import Batch, Trainer, TrainingDivergedError, generator
 from lora_loom.training.objective import Prediction
@@ -71,7 +72,7 @@ def plan(seed=0, **options):
 
 def start(seed=0, spoiled=(), total=20, prediction=Prediction.EPSILON, half=False, **options):
     draws = generator(seed, "adapters", 0)
-    adapters = {name: LoRA.create((6, 6), 2, 2.0, draws) for name in ("first", "second")}
+    adapters = {name: LoRA.create((6, 6), Options(2, 2.0), draws) for name in ("first", "second")}
     return Trainer(adapters, Toy(adapters, spoiled, prediction), Points(), plan(seed, **options), total, half)
 
 
@@ -210,11 +211,11 @@ def test_state_is_plain_and_apart():
 
 def test_a_state_of_other_adapters_is_refused():
     state = start().state()
-    adapters = {name: LoRA.create((6, 6), 3, 2.0, generator(0, "adapters", 0)) for name in ("first", "second")}
+    adapters = {name: LoRA.create((6, 6), Options(3, 2.0), generator(0, "adapters", 0)) for name in ("first", "second")}
     other = Trainer(adapters, Toy(adapters), Points(), plan(), 20)
     with pytest.raises(ValueError, match="other layers or another rank"):
         other.restore(state)
-    more = {**adapters, "third": LoRA.create((6, 6), 2, 2.0, generator(0, "adapters", 1))}
+    more = {**adapters, "third": LoRA.create((6, 6), Options(2, 2.0), generator(0, "adapters", 1))}
     with pytest.raises(ValueError, match="other layers or another rank"):
         Trainer(more, Toy(more), Points(), plan(), 20).restore(state)
 

@@ -1,0 +1,139 @@
+"""Adapters made of adapters.
+
+* ``Sum``: several on one layer; their differences add up.
+* ``Sliced``: one that belongs to some of the rows of a fused projection (q, k or v of a qkv).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from .adapter import Adapter
+from .frozen import FrozenLayer
+from .products import channel_dim
+
+
+class Sum(Adapter):
+    """W' = W + Σ (Wᵢ' − W). ``tensors`` carry the number of their part in front: "0.lora_up.weight"."""
+
+    name = "sum"
+
+    def __init__(self, parts: Sequence[Adapter]) -> None:
+        self.parts = tuple(parts)
+        tensors = {f"{n}.{key}": tensor for n, part in enumerate(parts) for key, tensor in part.tensors.items()}
+        super().__init__(tensors, next((part.shape for part in parts if part.shape is not None), None))
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same parts with other values."""
+        return type(self)([part.with_tensors(_below(tensors, n)) for n, part in enumerate(self.parts)])
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{n}.{key}": tensor for n, part in enumerate(self.parts) for key, tensor in part.state().items()}
+
+    def difference(self, weight: Tensor) -> Tensor:
+        return torch.stack([part.difference(weight) for part in self.parts]).sum(0)
+
+    def contribution(self, x: Tensor, base_out: Tensor, layer: FrozenLayer) -> Tensor:
+        total = self.parts[0].contribution(x, base_out, layer)
+        for part in self.parts[1:]:
+            total = total + part.contribution(x, base_out, layer)
+        return total
+
+    def merged_bias(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
+        for part in self.parts:
+            bias = part.merged_bias(bias, strength)
+        return bias
+
+    def parameters(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part.parameters()]
+
+    def fast_parameters(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part.fast_parameters()]
+
+    def limit_norm(self, maximum: float) -> bool:
+        return any([part.limit_norm(maximum) for part in self.parts])
+
+
+class Sliced(Adapter):
+    """``inner`` on rows ``start`` … ``start + length`` of a weight of ``shape``."""
+
+    name = "sliced"
+
+    def __init__(self, inner: Adapter, start: int, length: int, shape: Sequence[int] | None = None) -> None:
+        if inner.shape is not None and inner.shape[0] != length:
+            raise ValueError(f"this adapter has {inner.shape[0]} rows, its part of the fused layer has {length}")
+        super().__init__(inner.tensors, shape, inner.alpha)
+        self.inner, self.start, self.length = inner, start, length
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same rows with other values."""
+        return type(self)(self.inner.with_tensors(tensors), self.start, self.length, self.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.inner.state()
+
+    def difference(self, weight: Tensor) -> Tensor:
+        rows = self.inner.difference(weight.narrow(0, self.start, self.length))
+        whole = rows.new_zeros(weight.shape)
+        whole.narrow(0, self.start, self.length).copy_(rows)
+        return whole
+
+    def contribution(self, x: Tensor, base_out: Tensor, layer: FrozenLayer) -> Tensor:
+        channels = channel_dim(layer.geometry) % base_out.ndim
+        rows = base_out.narrow(channels, self.start, self.length)
+        extra = self.inner.contribution(x, rows, _Rows(layer, self.start, self.length))
+        after = base_out.shape[channels] - self.start - self.length
+        # padding counts from the last dimension
+        pad = [0, 0] * (base_out.ndim - 1 - channels) + [self.start, after]
+        return torch.nn.functional.pad(extra, pad)
+
+    def merged_bias(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
+        if bias is None:
+            return None
+        rows = self.inner.merged_bias(bias.narrow(0, self.start, self.length), strength)
+        whole = bias.clone()
+        if rows is not None:
+            whole.narrow(0, self.start, self.length).copy_(rows)
+        return whole
+
+    def parameters(self) -> list[Tensor]:
+        return self.inner.parameters()
+
+    def fast_parameters(self) -> list[Tensor]:
+        return self.inner.fast_parameters()
+
+    def norm(self) -> Tensor:
+        return self.inner.norm()
+
+    def limit_norm(self, maximum: float) -> bool:
+        return self.inner.limit_norm(maximum)
+
+
+class _Rows:
+    """Some rows of a layer, as a layer."""
+
+    def __init__(self, layer: FrozenLayer, start: int, length: int) -> None:
+        self._layer, self._start, self._length = layer, start, length
+        self.geometry = layer.geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._layer.forward(x).narrow(channel_dim(self.geometry), self._start, self._length)
+
+    @contextmanager
+    def weight(self, like: Tensor) -> Iterator[Tensor]:
+        with self._layer.weight(like) as weight:
+            yield weight.narrow(0, self._start, self._length)
+
+    def bias(self, like: Tensor) -> Tensor | None:
+        bias = self._layer.bias(like)
+        return None if bias is None else bias.narrow(0, self._start, self._length)
+
+
+def _below(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    prefix = f"{number}."
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
