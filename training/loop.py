@@ -123,8 +123,7 @@ class Trainer:
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             self._diverged(f"the gradient norm is {norm}")
         with torch.no_grad():
-            for kept, tensor in zip(self._before_last_step, self.parameters, strict=True):
-                kept.copy_(tensor)
+            torch._foreach_copy_(self._before_last_step, self.parameters)
         self.intact = False
         self.scaler.step(self.optimizer)
         self.scaler.update()

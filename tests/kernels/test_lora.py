@@ -44,7 +44,7 @@ def lycoris_output(module, adapter, x, strength):
 def references():
     for case in CASES:
         # neither reference knows grouped convolutions, and peft's branch leaves dilation and Tucker's core out
-        if case.family != "LoRA" or "grouped" in case.layer:
+        if case.family != "LoRA" or case.options.dora or "grouped" in case.layer:
             continue
         yield case, lycoris_output
         if "dilated" not in case.layer and not case.options.tucker:
@@ -114,14 +114,16 @@ def kept_for_backward(run):
     return sorted(kept)
 
 
-def test_the_graph_keeps_the_input_and_no_weight():
-    module, adapter, x = build(Case("LoRA", "linear", Options(3, 2.0)))
+@pytest.mark.parametrize("width, kept_too", ((64, []), (63, [(5, 2)])), ids=("narrow rank", "wide rank"))
+def test_the_graph_keeps_the_input_and_no_weight(width, kept_too):
+    """And the narrow product where it is not narrow."""
+    layer = Lent(nn.Linear(width, 12))
+    adapter = LoRA.create((12, width), Options(2, 2.0), torch.Generator().manual_seed(0))
     for tensor in adapter.parameters():
         tensor.requires_grad_()
-    x.requires_grad_()
-    layer = Lent(module)
+    x = torch.randn(5, width, requires_grad=True)
     factors = [tuple(tensor.shape) for tensor in adapter.parameters()]
-    assert kept_for_backward(lambda: adapter.on(x, layer)) == sorted([(5, 8), *factors])
+    assert kept_for_backward(lambda: adapter.on(x, layer)) == sorted([(5, width), *kept_too, *factors])
     assert kept_for_backward(lambda: frozen_linear(x, layer)) == []
 
 
