@@ -1,198 +1,227 @@
-"""Names of a model's layers in files: the host's module paths, kohya's and diffusers' spellings.
+"""Names of a model's layers in files: the host's module paths, kohya's, diffusers' and the authors' own spellings.
 
-* ``sd_unet_layout``: the shape of an SD1, SD2 or SDXL UNet, read from its module tree.
-* ``diffusers_paths``: host path -> diffusers path for a layout, as pure tables.
-* ``NameTable``: for one model, the name to write for each layer and the layer that any accepted spelling means.
+* ``Place``: what a name means: a layer of the model, or some rows of a fused one.
+* ``NameTable``: for one model, the place that any accepted spelling means, and the names to write in a dialect.
+* ``layer_shapes``: the layers of a loaded model and their weights' shapes, all that a table is made from.
 
-A canonical name is the host's module path, "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q".
-kohya's trainers write "lora_unet_" and the path of their own UNet with underscores: diffusers' paths for SD1 and SD2,
-the original ones for SDXL. Every other family is written under the host's path, which all its loaders take.
+A canonical path is the host's name of a weight without ".weight": "diffusion_model.double_blocks.0.img_attn.qkv",
+"clip_l.transformer.text_model.encoder.layers.0.mlp.fc1". Parameters of other names keep them ("….bias", "….scale").
+
+Dialects: "native", what this pack writes: kohya's names for SD1, SD2 and SDXL UNets and CLIP layers, which every loader
+takes, the host's for the rest. "kohya": "lora_unet_" or "lora_te1_" and the path of the trainers' own model with
+underscores: diffusers' paths for SD1 and SD2, the host's for all others. "diffusers": what diffusers and PEFT load,
+q, k and v apart where the host has them in one layer. "host": "diffusion_model.…" and "text_encoders.…". "bfl": the
+host's paths without prefix, as Black Forest Labs write them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from .blocks import MODEL_PREFIX, diffusion_tree
+from .dialects import Part, spelled
+from .dialects_text import TextNames, encoder_layers
+from .dialects_transformers import family_of
+from .dialects_unet import UNetLayout, diffusers_paths, diffusers_spellings, sd_unet_layout
 
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_TRANSFORMER = ("norm", "proj_in", "proj_out")
-_TRANSFORMER_BLOCK = (
-    *("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"),
-    *(f"attn{n}.{leaf}" for n in (1, 2) for leaf in ("to_q", "to_k", "to_v", "to_out.0")),
-)
-_OUTSIDE = {
-    "input_blocks.0.0": "conv_in",
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-_CLASS_EMBEDDING = {"class_embedding.linear_1": "label_emb.0.0", "class_embedding.linear_2": "label_emb.0.2"}
+DIALECTS = ("native", "kohya", "diffusers", "host", "bfl")
+_WRAPPER = "base_model.model."  # PEFT's own, before or after the name of the component
+_THEIRS = (
+    "transformer.",
+    "unet.",
+    "lora_transformer_",
+    "lycoris_",
+)  # diffusers' names come first here, else the host's
+_DOTTED = (MODEL_PREFIX, "model.diffusion_model.", "transformer.", "unet.")
+_FLAT = ("lora_unet__", "lora_unet_", "lora_prior_unet_", "lora_transformer_", "lycoris_", "oft_unet_")
+_COMPONENTS = ("text_conditioner.",)  # diffusers keeps these beside the transformer
 
 
 @dataclass(frozen=True)
-class UNetLayout:
-    """An SD UNet: ResNets per level going down, and transformer depths (0: no transformer) in forward order.
+class Place:
+    """A layer, or a ``slice`` of its weight: (dimension, start, length).
 
-    ``depths_in`` has one entry per ResNet going down, ``depths_out`` one per ResNet going up (one more per level);
-    ``depth_middle`` is -1 where the middle is a lone ResNet, and -2 where there is none. ``sdxl``: kohya's SDXL names.
+    ``swapped``: the name stands for the rows with their two halves the other way round (diffusers wants the scale
+    before the shift), so what is read from the file under it must be exchanged in the same way.
     """
 
-    resnets: tuple[int, ...]
-    depths_in: tuple[int, ...]
-    depth_middle: int
-    depths_out: tuple[int, ...]
-    sdxl: bool
-
-
-def sd_unet_layout(module_tree: nn.Module) -> UNetLayout | None:
-    """Read the layout off a loaded model; None unless it is an SD1, SD2 or SDXL UNet."""
-    root, _ = diffusion_tree(module_tree)
-    paths = {name for name, _ in root.named_modules()}
-    if not {"input_blocks.0.0", "output_blocks.0.0.in_layers", "time_embed.0", "out.2"} <= paths:
-        return None
-    if any("time_stack" in path for path in paths):  # video UNets have further layers without diffusers names
-        return None
-    resnets, depths_in = [0], []
-    for block in range(1, _count(paths, "input_blocks")):
-        if f"input_blocks.{block}.0.op" in paths:
-            resnets.append(0)
-        else:
-            resnets[-1] += 1
-            depths_in.append(_depth(paths, f"input_blocks.{block}.1"))
-    depths_out = tuple(_depth(paths, f"output_blocks.{block}.1") for block in range(_count(paths, "output_blocks")))
-    middle = _depth(paths, "middle_block.1") or (-1 if "middle_block.0" in paths else -2)
-    sdxl = "label_emb.0.0" in paths and depths_in[0] == 0
-    return UNetLayout(tuple(resnets), tuple(depths_in), middle, depths_out, sdxl)
-
-
-def diffusers_paths(layout: UNetLayout) -> dict[str, str]:
-    """Host path without "diffusion_model." -> diffusers path, for every layer such a UNet can have."""
-    table = dict(_OUTSIDE)
-    block, transformers = 1, iter(layout.depths_in)
-    for level, resnets in enumerate(layout.resnets):
-        for n in range(resnets):
-            table.update(_resnet(f"input_blocks.{block}.0", f"down_blocks.{level}.resnets.{n}"))
-            table.update(
-                _transformer(f"input_blocks.{block}.1", f"down_blocks.{level}.attentions.{n}", next(transformers))
-            )
-            block += 1
-        table[f"input_blocks.{block}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-        block += 1
-    if layout.depth_middle > -2:
-        table.update(_resnet("middle_block.0", "mid_block.resnets.0"))
-    if layout.depth_middle > 0:
-        table.update(_transformer("middle_block.1", "mid_block.attentions.0", layout.depth_middle))
-        table.update(_resnet("middle_block.2", "mid_block.resnets.1"))
-    block, transformers = 0, iter(layout.depths_out)
-    for level, resnets in enumerate(reversed(layout.resnets)):
-        for n in range(resnets + 1):
-            depth = next(transformers)
-            table.update(_resnet(f"output_blocks.{block}.0", f"up_blocks.{level}.resnets.{n}"))
-            table.update(_transformer(f"output_blocks.{block}.1", f"up_blocks.{level}.attentions.{n}", depth))
-            if n == resnets:
-                upsampler = f"output_blocks.{block}.{2 if depth else 1}.conv"
-                table[upsampler] = f"up_blocks.{level}.upsamplers.0.conv"
-            block += 1
-    return table
-
-
-def kohya_name(path: str, layout: UNetLayout) -> str:
-    """The name kohya's trainers give a UNet layer, "lora_unet_down_blocks_0_attentions_0_proj_in".
-
-    Raises ValueError for a path that such a UNet does not have.
-    """
-    local = path.removeprefix(MODEL_PREFIX)
-    if layout.sdxl:
-        return _flat(local)
-    try:
-        return _flat(diffusers_paths(layout)[local])
-    except KeyError:
-        raise ValueError(f"{path}: not a layer of this UNet, so it has no kohya name") from None
+    path: str
+    slice: tuple[int, int, int] | None = None
+    swapped: bool = False
 
 
 class NameTable:
-    """Names of one model's layers: ``write`` gives the name for a file, ``find`` the layer that a name means."""
+    """Names of the layers of one model, of its text encoders, or of both.
 
-    def __init__(self, paths: Iterable[str], layout: UNetLayout | None) -> None:
-        self.layout = layout
-        diffusers = diffusers_paths(layout) if layout else {}
-        self._written: dict[str, str] = {}
-        self._found: dict[str, str] = {}
-        for path in paths:
-            local = path.removeprefix(MODEL_PREFIX)
-            other = diffusers.get(local)
-            kohya = _flat(other if other and layout and not layout.sdxl else local)
-            self._written[path] = kohya if layout else MODEL_PREFIX + local
-            for name in _spellings(local, other):
-                self._found.setdefault(name, path)
+    ``shapes`` maps canonical paths to the shapes of the weights, all of them: the family is told from the paths, the
+    slices of fused layers from the shapes. Without any, nothing is found, and a reader keeps the raw names.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.shapes = {path: tuple(shape) for path, shape in shapes.items()}
+        self.text = TextNames(encoder_layers(self.shapes))
+        text = set(self.text.paths)
+        self._paths = {path.removeprefix(MODEL_PREFIX): path for path in self.shapes if path not in text}
+        local = {name: self.shapes[path] for name, path in self._paths.items()}
+        self.layout = sd_unet_layout(local)
+        family = None if self.layout else family_of(local)
+        self._kohya_prefix = family.kohya if family else "lora_unet_"
+        self._bfl = family is not None and family.bfl
+        if self.layout:
+            kind = _unet_kind(self.layout, local)
+            self._diffusers = _of_unet(diffusers_paths(self.layout), local)
+            aliases = [{name: list(_respelled(parts)) for name, parts in self._diffusers.items()}]
+        else:
+            kind = family.name if family else ""
+            self._diffusers = spelled(family.diffusers, local) if family and family.diffusers else {}
+            aliases = [spelled(table, local) for table in (family.aliases if family else ())]
+        self.architecture: str | None = kind or None
+        ours = {name: Place(path) for name, path in self._paths.items()}
+        for name, place in list(ours.items()):  # the norms of Flux, which newer hosts call as other norms
+            if name.endswith("_norm"):
+                ours.setdefault(name + ".scale", place)
+        theirs: dict[str, Place] = {}
+        for table in (self._diffusers, *aliases):
+            for name, parts in table.items():
+                for part in parts:
+                    theirs.setdefault(part.name, self._place(name, part))
+        self._dotted = ours, theirs
+        self._flat = _flattened(ours), _flattened(theirs)
 
     @classmethod
     def of(cls, module_tree: nn.Module) -> NameTable:
-        """The table of a loaded model: every module that owns a weight."""
-        root, prefix = diffusion_tree(module_tree)
-        weighted = (prefix + name for name, module in root.named_modules() if hasattr(module, "weight"))
-        return cls(weighted, sd_unet_layout(module_tree))
+        """The table of a loaded model, or of the text encoders of a loaded CLIP."""
+        return cls(layer_shapes(module_tree))
 
-    def write(self, path: str) -> str:
-        """kohya's name for SD1, SD2 and SDXL UNets, the host's "diffusion_model.…" for every other family."""
-        return self._written[path]
+    def find(self, name: str) -> Place | None:
+        """What an accepted spelling means, None if nothing in this model is called so."""
+        name = name.replace(_WRAPPER, "", 1)
+        if name in self.text.found:
+            return Place(self.text.found[name])
+        for prefixes, tables in ((_FLAT, self._flat), ((*_DOTTED, ""), self._dotted)):
+            for prefix in prefixes:
+                if name.startswith(prefix):
+                    ours, theirs = tables
+                    first, second = (theirs, ours) if prefix in _THEIRS else (ours, theirs)
+                    local = name.removeprefix(prefix)
+                    if local in first or local in second:
+                        return first.get(local) or second.get(local)
+        return None
 
-    def find(self, name: str) -> str | None:
-        """Canonical path of an accepted spelling, None if no layer of this model is called so."""
-        return self._found.get(name)
+    def whole(self, name: str) -> str | None:
+        """Canonical path of the layer that a name means; None also where it means only a part of one."""
+        place = self.find(name)
+        return place.path if place is not None and place == Place(place.path) else None
 
-    def accepted(self) -> dict[str, str]:
-        """Every accepted spelling -> canonical path."""
-        return dict(self._found)
+    def write(self, place: Place | str, dialect: str = "native") -> str:
+        """The one name of a place. Raises ValueError where ``dialect`` has none, or holds it in another shape."""
+        names = self.parts(place, dialect)
+        if [place for _, place in names] != [Place(place) if isinstance(place, str) else place]:
+            listed = ", ".join(name for name, _ in names)
+            raise ValueError(f"{_described(place)}: not held as it is in {dialect} files, but as {listed}")
+        return names[0][0]
+
+    def parts(self, place: Place | str, dialect: str = "native") -> list[tuple[str, Place]]:
+        """The names that together stand for a place, and the place of each. Raises ValueError if there are none.
+
+        The place of a name may be ``swapped`` where the given one is not.
+        """
+        if dialect not in DIALECTS:
+            raise ValueError(f"there is no dialect {dialect!r}; choose one of {', '.join(DIALECTS)}")
+        place = Place(place) if isinstance(place, str) else place
+        if place.path not in self.shapes:
+            raise ValueError(f"{place.path}: not a layer of this model")
+        local = place.path.removeprefix(MODEL_PREFIX)
+        if dialect == "diffusers" and local in self._paths:
+            found = self._in_diffusers(local, place)
+        elif place.slice is not None or place.swapped:
+            found = []  # only diffusers has names for parts of what the host holds in one
+        else:
+            name = self._whole_name(local, dialect) if local in self._paths else self.text.write(place.path, dialect)
+            found = [] if name is None else [(name, place)]
+        if not found:
+            raise ValueError(f"{_described(place)}: has no name in {dialect}")
+        return found
+
+    def _whole_name(self, local: str, dialect: str) -> str | None:
+        if dialect == "native":
+            dialect = "kohya" if self.layout else "host"
+        if dialect == "host":
+            return MODEL_PREFIX + local
+        if dialect == "bfl":
+            return (local + ".scale" if local.endswith("_norm") else local) if self._bfl else None
+        if self.layout and not self.layout.sdxl:
+            parts = self._diffusers.get(local)
+            if not parts:
+                return None
+            local = parts[0].name
+        return self._kohya_prefix + local.replace(".", "_")
+
+    def _in_diffusers(self, local: str, place: Place) -> list[tuple[str, Place]]:
+        """The parts inside ``place``, if together they are all of it."""
+        component = "unet." if self.layout else "transformer."
+        rows = next(iter(self.shapes[place.path]), 1)
+        first, count = place.slice[1:] if place.slice else (0, rows)
+        found = []
+        for part in self._diffusers.get(local, ()):
+            name = part.name if part.name.startswith(_COMPONENTS) else component + part.name
+            start, length = part.rows or (0, rows)
+            if first <= start and start + length <= first + count:
+                found.append((name, self._place(local, part)))
+                count -= length
+                first += length
+        return found if count == 0 and (place.slice is None or place.slice[0] == 0) else []
+
+    def _place(self, local: str, part: Part) -> Place:
+        return Place(self._paths[local], (0, *part.rows) if part.rows else None, part.swapped)
 
 
-def _spellings(local: str, diffusers: str | None) -> Iterator[str]:
-    yield MODEL_PREFIX + local
-    yield _flat(local)
-    if diffusers is None:
-        return
-    for other in (diffusers, *(alias for alias, path in _CLASS_EMBEDDING.items() if path == local)):
-        yield _flat(other)
-        yield "lycoris_" + other.replace(".", "_")
-        processor = other.replace(".to_", ".processor.to_").removesuffix(".0" if other.endswith(".to_out.0") else "")
-        for spelling in (other, processor):  # layers, and the attention processors of older diffusers
-            yield spelling
-            yield "unet." + spelling
+def layer_shapes(module_tree: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Canonical path -> shape, for the weights and all other parameters and tables of a loaded model.
+
+    The shape of a linear layer is that of what it computes: a quantised one may hold its weight packed.
+    """
+    root, prefix = diffusion_tree(module_tree)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)  # not always a parameter
+        if weight is not None:
+            linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+            shape = (module.out_features, module.in_features) if linear else tuple(weight.shape)
+            shapes[prefix + name] = shape
+        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        for key, value in own.items():
+            if key != "weight":
+                shapes[prefix + ".".join(filter(None, (name, key)))] = tuple(value.shape)
+    return shapes
 
 
-def _flat(path: str) -> str:
-    return "lora_unet_" + path.replace(".", "_")
+def _unet_kind(layout: UNetLayout, local: Mapping[str, Sequence[int]]) -> str:
+    if not layout.sdxl:
+        return "sd"
+    refiner = any(path.endswith("attn2.to_k") and shape[1] == 1280 for path, shape in local.items())
+    return "sdxl_refiner" if refiner else "sdxl"  # the refiner reads the text of CLIP-G alone
 
 
-def _resnet(host: str, diffusers: str) -> dict[str, str]:
-    return {f"{host}.{here}": f"{diffusers}.{there}" for here, there in _RESNET.items()}
+def _of_unet(diffusers: Mapping[str, str], local: Mapping[str, Sequence[int]]) -> dict[str, list[Part]]:
+    return {path: [Part(name, None, False)] for path, name in diffusers.items() if path in local}
 
 
-def _transformer(host: str, diffusers: str, depth: int) -> dict[str, str]:
-    if not depth:
-        return {}
-    leaves = [*_TRANSFORMER, *(f"transformer_blocks.{n}.{leaf}" for n in range(depth) for leaf in _TRANSFORMER_BLOCK)]
-    return {f"{host}.{leaf}": f"{diffusers}.{leaf}" for leaf in leaves}
+def _respelled(parts: Sequence[Part]) -> list[Part]:
+    return [part._replace(name=name) for part in parts for name in diffusers_spellings(part.name)]
 
 
-def _count(paths: set[str], stack: str) -> int:
-    return sum(1 for path in paths if path.startswith(stack + ".") and path.count(".") == 1)
+def _flattened(names: Mapping[str, Place]) -> dict[str, Place]:
+    flat: dict[str, Place] = {}
+    for name, place in names.items():
+        flat.setdefault(name.replace(".", "_"), place)
+    return flat
 
 
-def _depth(paths: set[str], transformer: str) -> int:
-    start = f"{transformer}.transformer_blocks."
-    return sum(1 for path in paths if path.startswith(start) and path.count(".") == start.count("."))
+def _described(place: Place | str) -> str:
+    if isinstance(place, str) or place.slice is None:
+        return place if isinstance(place, str) else place.path
+    return f"{place.path}[{place.slice[1]}:{place.slice[1] + place.slice[2]}]"

@@ -1,7 +1,13 @@
-"""Full-size models of the families people train, without weights: the host's own classes on the meta device."""
+"""Models of the families people train, without weights: the host's own classes on the meta device.
+
+* ``full_size(name)``: the model of a family in ``FAMILIES``, at its real size.
+* ``FURTHER``: further families, with fewer or thinner blocks: enough for all kinds of layers they have.
+* ``text_encoders(name)``: the text encoders of ``TEXT_ENCODERS``, at their real size.
+"""
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from typing import Any
 
@@ -250,14 +256,213 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 if NEWER:
     FAMILIES["anima"] = ("Anima", _cosmos("anima"))
+_PIXART: dict[str, Any] = {
+    "num_heads": 16,
+    "patch_size": 2,
+    "hidden_size": 64,
+    "in_channels": 4,
+    "depth": 2,
+    "model_max_length": 120,
+}
+_MOCHI: dict[str, Any] = {
+    "image_model": "mochi_preview",
+    "depth": 48,
+    "patch_size": 2,
+    "num_heads": 24,
+    "hidden_size_x": 3072,
+    "hidden_size_y": 1536,
+    "in_channels": 12,
+    "mlp_ratio_x": 4.0,
+    "mlp_ratio_y": 4.0,
+    "learn_sigma": False,
+    "qk_norm": True,
+    "qkv_bias": False,
+    "out_bias": True,
+    "attend_to_padding": False,
+    "use_t5": True,
+    "t5_feat_dim": 4096,
+    "t5_token_length": 256,
+}
+_HIDREAM: dict[str, Any] = {
+    "image_model": "hidream",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [64, 32, 32],
+    "caption_channels": [4096, 4096],
+    "in_channels": 16,
+    "llama_layers": [0, 1, 2],
+    "num_attention_heads": 20,
+    "num_routed_experts": 4,
+    "num_activated_experts": 2,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "out_channels": 16,
+    "patch_size": 2,
+    "text_emb_dim": 2048,
+}
+_ACE_STEP: dict[str, Any] = {
+    "audio_model": "ace",
+    "attention_head_dim": 128,
+    "in_channels": 8,
+    "inner_dim": 2560,
+    "mlp_ratio": 2.5,
+    "num_attention_heads": 20,
+    "num_layers": 2,
+    "out_channels": 8,
+    "patch_size": [16, 1],
+    "ssl_encoder_depths": [8, 8],
+    "ssl_latent_dims": [1024, 768],
+    "ssl_names": ["mert", "m-hubert"],
+}
+_OMNIGEN2: dict[str, Any] = {
+    "image_model": "omnigen2",
+    "axes_dim_rope": [40, 40, 40],
+    "hidden_size": 2520,
+    "in_channels": 16,
+    "num_attention_heads": 21,
+    "num_kv_heads": 7,
+    "num_layers": 2,
+    "num_refiner_layers": 2,
+    "patch_size": 2,
+    "text_feat_dim": 2048,
+}
+_CASCADE: dict[str, Any] = {
+    "c_hidden": [64, 64],
+    "nhead": [2, 2],
+    "blocks": [[1, 1], [1, 1]],
+    "block_repeat": [[1, 1], [1, 1]],
+}
+_COSMOS1: dict[str, Any] = {
+    "image_model": "cosmos",
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 4096,
+    "block_config": "FA-CA-MLP",
+    "concat_padding_mask": True,
+    "pos_emb_cls": "rope3d",
+    "pos_emb_interpolation": "crop",
+    "block_x_format": "THWBD",
+    "affline_emb_norm": True,
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 256,
+    "num_blocks": 2,
+    "num_heads": 32,
+    "extra_per_block_abs_pos_emb": True,
+    "extra_per_block_abs_pos_emb_type": "learnable",
+}
+_KREA2: dict[str, Any] = {
+    "image_model": "krea2",
+    "features": 6144,
+    "channels": 16,
+    "patch": 2,
+    "layers": 2,
+    "heads": 48,
+    "kvheads": 12,
+    "txtlayers": 12,
+    "txtdim": 2560,
+}
+_KANDINSKY5: dict[str, Any] = {
+    "image_model": "kandinsky5",
+    "model_dim": 1792,
+    "axes_dims": (16, 24, 24),
+    "time_dim": 512,
+    "ff_dim": 7168,
+    "visual_embed_dim": 132,
+    "num_text_blocks": 2,
+    "num_visual_blocks": 2,
+}
+_ACE_STEP15: dict[str, Any] = {"audio_model": "ace1.5", "hidden_size": 256, "intermediate_size": 512, "num_heads": 2}
+_HUNYUAN_IMAGE: dict[str, Any] = {"vec_in_dim": None, "patch_size": [1, 1], "axes_dim": [64, 64], "byt5": True}
+_HUNYUAN15: dict[str, Any] = {"vec_in_dim": None, "vision_in_dim": 1152, "use_cond_type_embedding": True, "byt5": True}
+
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "pixart_alpha": ("PixArtAlpha", {**_PIXART, "image_model": "pixart_alpha", "micro_condition": True}),
+    "pixart_sigma": ("PixArtSigma", {**_PIXART, "image_model": "pixart_sigma", "micro_condition": False}),
+    "mochi": ("GenmoMochi", _MOCHI),
+    "hidream": ("HiDream", _HIDREAM),
+    "ace_step": ("ACEStep", _ACE_STEP),
+    "omnigen2": ("Omnigen2", _OMNIGEN2),
+    "cascade_c": ("Stable_Cascade_C", {"stable_cascade_stage": "c", "c_cond": 64, **_CASCADE}),
+    "cascade_b": ("Stable_Cascade_B", {"stable_cascade_stage": "b", "c_cond": 64, **_CASCADE}),
+    "cosmos1": ("CosmosT2V", _COSMOS1),
+    "hunyuan_video15": ("HunyuanVideo15", {**_HUNYUAN_VIDEO, **_HUNYUAN15, "depth": 2, "depth_single_blocks": 0}),
+    "hunyuan_image": ("HunyuanImage21", {**_HUNYUAN_VIDEO, **_HUNYUAN_IMAGE, "depth": 2, "depth_single_blocks": 2}),
+    "wan_i2v": ("WAN21_I2V", {**_WAN_14B, "num_layers": 2, "model_type": "i2v", "in_dim": 36}),
+    "wan_vace": (
+        "WAN21_Vace",
+        {**_WAN_14B, "num_layers": 2, "model_type": "vace", "vace_in_dim": 96, "vace_layers": 1},
+    ),
+}
+if NEWER:
+    FURTHER |= {
+        "krea2": ("Krea2", _KREA2),
+        "kandinsky5": ("Kandinsky5", _KANDINSKY5),
+        "ace_step15": ("ACEStep15", _ACE_STEP15),
+        "ernie_image": ("ErnieImage", {"image_model": "ernie"}),
+        "ltxav": (
+            "LTXAV",
+            {"image_model": "ltxav", "num_layers": 2, "attention_head_dim": 128, "cross_attention_dim": 4096},
+        ),
+    }
+_REAL = ("pixart_alpha", "pixart_sigma", "cascade_c", "cascade_b", "ace_step15")  # read tensors while they are built
+
+# name -> (module, class or maker of it, settings of the maker)
+TEXT_ENCODERS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
+    "sd1": ("comfy.sd1_clip", "SD1ClipModel", None),
+    "sd2": ("comfy.text_encoders.sd2_clip", "SD2ClipModel", None),
+    "sdxl": ("comfy.sdxl_clip", "SDXLClipModel", None),
+    "sdxl_refiner": ("comfy.sdxl_clip", "SDXLRefinerClipModel", None),
+    "cascade": ("comfy.sdxl_clip", "StableCascadeClipModel", None),
+    "sd3": ("comfy.text_encoders.sd3_clip", "sd3_clip", {}),
+    "sd3_without_t5": ("comfy.text_encoders.sd3_clip", "sd3_clip", {"t5": False}),
+    "sd3_without_clip_l": ("comfy.text_encoders.sd3_clip", "sd3_clip", {"clip_l": False}),
+    "sd3_t5_alone": ("comfy.text_encoders.sd3_clip", "sd3_clip", {"clip_l": False, "clip_g": False}),
+    "flux": ("comfy.text_encoders.flux", "flux_clip", {}),
+    "flux2": ("comfy.text_encoders.flux", "flux2_te", {}),
+    "hunyuan_dit": ("comfy.text_encoders.hydit", "HyditModel", None),
+    "hidream": ("comfy.text_encoders.hidream", "hidream_clip", {}),
+    "pixart": ("comfy.text_encoders.pixart_t5", "pixart_te", {}),
+    "hunyuan_video": ("comfy.text_encoders.hunyuan_video", "hunyuan_video_clip", {}),
+    "hunyuan_image": ("comfy.text_encoders.hunyuan_image", "te", {}),
+    "z_image": ("comfy.text_encoders.z_image", "te", {}),
+    "qwen_image": ("comfy.text_encoders.qwen_image", "te", {}),
+    "lumina2": ("comfy.text_encoders.lumina2", "te", {}),
+    "omnigen2": ("comfy.text_encoders.omnigen2", "te", {}),
+    "wan": ("comfy.text_encoders.wan", "te", {}),
+    "aura": ("comfy.text_encoders.aura_t5", "AuraT5Model", None),
+    "ace_step": ("comfy.text_encoders.ace", "AceT5Model", None),
+}
+if NEWER:
+    for _name, _module in (
+        ("anima", "anima"),
+        ("ace_step15", "ace15"),
+        ("kandinsky5", "kandinsky5"),
+        ("krea2", "krea2"),
+    ):
+        TEXT_ENCODERS[_name] = (f"comfy.text_encoders.{_module}", "te", {})
 SD_UNETS = ("sd15", "sd2", "sd2_unclip", "sdxl", "sdxl_refiner", "ssd1b", "koala")
 
 
 @cache
 def full_size(name: str) -> torch.nn.Module:
-    """The host's model (BaseModel) of a family at its real size, with no memory behind its weights."""
-    config_class, settings = FAMILIES[name]
+    """The host's model (BaseModel) of a family, with no memory behind its weights."""
+    config_class, settings = FAMILIES[name] if name in FAMILIES else FURTHER[name]
     config = getattr(comfy.supported_models, config_class)(dict(settings))
     config.set_inference_dtype(torch.bfloat16, None)
+    device = torch.device("cpu" if name in _REAL else "meta")
+    with device:
+        return config.get_model({}, "", device=device)
+
+
+@cache
+def text_encoders(name: str) -> torch.nn.Module:
+    """What the host keeps of a CLIP as ``cond_stage_model``, with no memory behind its weights."""
+    module, maker, settings = TEXT_ENCODERS[name]
+    made = getattr(importlib.import_module(module), maker)
     with torch.device("meta"):
-        return config.get_model({}, "", device=torch.device("meta"))
+        model_class = made if settings is None else made(**settings)
+        return model_class(device="meta", dtype=torch.bfloat16, model_options={})
