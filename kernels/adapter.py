@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,6 +43,7 @@ class Options:
     dora: str = ""  # "output" or "input": learn the norms along that axis apart (Liu et al. 2024, arXiv:2402.09353)
     unit: int = 1  # DyLoRA: ranks that are trained together
     on_input: bool = False  # (IA)³: scale inputs instead of outputs
+    bias: bool = False  # full: learn a difference of the bias too; for layers that have one
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Adapter:
         raise NotImplementedError
 
     @classmethod
-    def read(cls, parts: Mapping[str, Tensor], shape: Sequence[int] | None) -> Self:
+    def read(cls, parts: Mapping[str, Tensor], shape: Sequence[int] | None) -> Adapter:
         """From a file's tensors by part name. Raises ValueError saying what does not fit ``shape`` or is missing."""
         raise NotImplementedError
 
@@ -221,6 +222,13 @@ class Additive(Adapter):
 
     def contribution(self, x: Tensor, base_out: Tensor, layer: FrozenLayer) -> Tensor:
         return apply_weight(x, self.delta().to(x.dtype), layer.geometry)
+
+    def moved_rows(self, weight: Tensor) -> Iterator[Tensor]:
+        """W + ΔW as pieces of rows (n, in · kernel), float32 or wider, the caller's to overwrite; for norms.
+
+        A family that can make a few rows at a time overrides it, so that the whole is never in memory.
+        """
+        yield (wide(weight) + self.difference(weight)).flatten(1)
 
     def norm(self) -> Tensor:
         return self.delta().norm()

@@ -2,6 +2,7 @@
 
 * ``Sum``: several on one layer; their differences add up.
 * ``Sliced``: one that belongs to some of the rows of a fused projection (q, k or v of a qkv).
+* ``Swapped``: one made for the weight with the two halves of its rows the other way round.
 """
 
 from __future__ import annotations
@@ -112,6 +113,74 @@ class Sliced(Adapter):
 
     def limit_norm(self, maximum: float) -> bool:
         return self.inner.limit_norm(maximum)
+
+
+class Swapped(Adapter):
+    """``inner`` for P W, where P exchanges the halves of the rows: W' = Pᵀ (P W)' = P (P W)'."""
+
+    name = "swapped"
+
+    def __init__(self, inner: Adapter) -> None:
+        if inner.shape is not None and inner.shape[0] % 2:
+            raise ValueError(f"{inner.shape[0]} rows have no halves to exchange")
+        super().__init__(inner.tensors, inner.shape, inner.alpha)
+        self.inner = inner
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same with other values."""
+        return type(self)(self.inner.with_tensors(tensors))
+
+    def state(self) -> dict[str, Tensor]:
+        return self.inner.state()
+
+    def difference(self, weight: Tensor) -> Tensor:
+        return swapped(self.inner.difference(swapped(weight)))
+
+    def contribution(self, x: Tensor, base_out: Tensor, layer: FrozenLayer) -> Tensor:
+        channels = channel_dim(layer.geometry) % base_out.ndim
+        extra = self.inner.contribution(x, swapped(base_out, channels), _SwappedRows(layer))
+        return swapped(extra, channels)
+
+    def merged_bias(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
+        merged = self.inner.merged_bias(None if bias is None else swapped(bias), strength)
+        return None if merged is None else swapped(merged)
+
+    def parameters(self) -> list[Tensor]:
+        return self.inner.parameters()
+
+    def fast_parameters(self) -> list[Tensor]:
+        return self.inner.fast_parameters()
+
+    def norm(self) -> Tensor:
+        return self.inner.norm()
+
+    def limit_norm(self, maximum: float) -> bool:
+        return self.inner.limit_norm(maximum)
+
+
+def swapped(tensor: Tensor, dimension: int = 0) -> Tensor:
+    """The two halves along ``dimension`` exchanged."""
+    return tensor.roll(tensor.shape[dimension] // 2, dimension)
+
+
+class _SwappedRows:
+    """A layer with the halves of its rows exchanged."""
+
+    def __init__(self, layer: FrozenLayer) -> None:
+        self._layer, self.geometry = layer, layer.geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._layer.forward(x)
+        return swapped(y, channel_dim(self.geometry) % y.ndim)
+
+    @contextmanager
+    def weight(self, like: Tensor) -> Iterator[Tensor]:
+        with self._layer.weight(like) as weight:
+            yield swapped(weight)
+
+    def bias(self, like: Tensor) -> Tensor | None:
+        bias = self._layer.bias(like)
+        return None if bias is None else swapped(bias)
 
 
 class _Rows:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lora_loom.kernels.adapter import Adapter, Options
+from lora_loom.kernels.dora import DoRA
 from lora_loom.kernels.products import ConvGeometry
-from lora_loom.kernels.registry import FAMILIES, make_adapter
+from lora_loom.kernels.registry import FAMILIES, make_adapter, read_adapter
 
 # name -> (make the layer, shape of its input)
 LINEARS = {
@@ -32,11 +33,37 @@ CONVS = {
 }
 LAYERS = LINEARS | CONVS
 
+DORA = [{"dora": "output"}, {"dora": "input", "tucker": True}]
+
 # family -> the options it is tried with; every family is tried on every layer it is made for
 OPTIONS: dict[str, list[dict]] = {
-    "LoRA": [{}, {"rank_stabilised": True}, {"tucker": True}],
+    "LoRA": [{}, {"rank_stabilised": True}, {"tucker": True}, *DORA],
     "DyLoRA": [{"rank": 4, "unit": 2}, {"tucker": True}],
     "LoRA-FA": [{}, {"tucker": True}],
+    "LoHa": [{}, {"tucker": True}, {"rank": 12}, *DORA],  # ΔW is built from rank 12 on
+    "LoKr": [
+        {},
+        {"factor": 1, "alpha": 3.0},
+        {"factor": 1, "alpha": 3.0, "tucker": True},
+        {"factor": 2, "rank": 1, "decompose_both": True},
+        {"full_rank": True},
+        {"factor": 1, "alpha": 3.0, "dora": "output"},
+        {"dora": "input"},
+    ],
+    "full": [{}, {"bias": True}],
+    "OFT": [{"block_size": 4}, {"block_size": 4, "constraint": 0.02, "rescale": True}],
+    "BOFT": [{"block_size": 6}, {"block_size": 6, "constraint": 0.02, "rescale": True}],
+    "OFTv2": [{"block_size": 3}],
+    "IA3": [{}, {"on_input": True}],
+    "GLoRA": [{}, {"rank_stabilised": True}],
+    "VeRA": [{"rank": 3}],
+    "T-LoRA": [{}],
+}
+
+# families that are applied, not trained -> shapes of a file's tensors for a weight (out, in) at a rank
+APPLIED = {
+    "VeRA": lambda o, i, r: {"vera_lambda_b": (o,), "vera_lambda_d": (r,), "vera_A": (r, i + 3), "vera_B": (o + 2, r)},
+    "T-LoRA": lambda o, i, r: {"q_layer.weight": (r, i), "p_layer.weight": (o, r), "lambda_layer": (1, r)},
 }
 
 
@@ -94,8 +121,13 @@ def build(case, dtype=torch.float64, seed=0):
     make, shape = LAYERS[case.layer]
     module = make().to(dtype).requires_grad_(False)
     draws = torch.Generator().manual_seed(seed + 1)
-    adapter = make_adapter(case.family, module.weight.shape, case.options, draws, module.weight).to(dtype=dtype)
-    return module, adapter, torch.randn(shape, generator=draws, dtype=dtype)
+    if case.family in APPLIED:
+        sizes = APPLIED[case.family](*module.weight.shape, case.options.rank)
+        parts = {name: torch.randn(size, generator=draws) for name, size in sizes.items()}
+        adapter, _ = read_adapter(parts, module.weight.shape)
+    else:
+        adapter = make_adapter(case.family, module.weight.shape, case.options, draws, module.weight)
+    return module, adapter.to(dtype=dtype), torch.randn(shape, generator=draws, dtype=dtype)
 
 
 def randomised(adapter: Adapter, seed=0, size=0.3) -> Adapter:
@@ -104,6 +136,13 @@ def randomised(adapter: Adapter, seed=0, size=0.3) -> Adapter:
     return adapter.with_tensors(
         {name: t + size * torch.randn(t.shape, generator=draws).to(t.dtype) for name, t in adapter.tensors.items()}
     )
+
+
+def hold_norms(monkeypatch, adapter, module):
+    """DoRA's norms are constants to gradients (paper §4.3); make them constants to finite differences too."""
+    if isinstance(adapter, DoRA):
+        norms = adapter.norms(module.weight)
+        monkeypatch.setattr(DoRA, "norms", lambda self, weight: norms.to(weight.dtype))
 
 
 def with_weight(module, weight, x, bias=None):
