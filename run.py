@@ -28,9 +28,10 @@ def load_pack() -> None:
 
 def inspect(path: str) -> str:
     """What a LoRA file holds: layers, ranks, how it was trained."""
-    from lora_loom.kernels.files import read_lora, trigger_words
+    from lora_loom.kernels.metadata import trigger_words
+    from lora_loom.kernels.safetensors_io import load_tensors
 
-    lora = read_lora(path)
+    lora = load_tensors(path)
     ranks: Counter[str] = Counter()
     for name, tensor in lora.items():
         if name.endswith((".lora_down.weight", ".lora_A.weight")):

@@ -1,8 +1,9 @@
-"""Run the shipped example workflows again and again on one server, and watch its memory.
+"""Read hostile files, then run the shipped example workflows again and again on one server, and watch its memory.
 
-``python dev/soak.py --minutes 20``: a table line for each round (workflow, seconds, the server's memory in MiB), every
-round with other seeds, so that nothing comes from the cache. Ends with 1 when a workflow fails or when the server has
-grown by more than ``--allowed-growth`` MiB since it was warm.
+``python dev/soak.py --files 10000``: so many damaged adapter files, each of which must be read or refused.
+``--minutes 20``: a table line for each round (workflow, seconds, the server's memory in MiB), every round with other
+seeds, so that nothing comes from the cache. Ends with 1 when a workflow fails or when the server has grown by more than
+``--allowed-growth`` MiB since it was warm.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import shutil
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -38,13 +43,34 @@ def reseed(prompt: dict, seed: int) -> dict:
     return prompt
 
 
+def read_hostile_files(count: int) -> None:
+    """Raises what the reader should not have raised, and leaves the file that it was raised for."""
+    sys.path.insert(0, str(ROOT / "tests" / "kernels"))
+    from mutations import check, good_files, mutated
+
+    targets = {"one": (6, 4), "two": (6, 4)}
+    contents, outcomes = good_files((6, 4)), Counter()
+    path = Path(tempfile.mkdtemp(prefix="loom-soak-")) / "hostile.safetensors"
+    for seed in range(count):
+        path.write_bytes(mutated(contents[seed % len(contents)], random.Random(f"soak {seed}")))
+        try:
+            outcomes[check(path, targets)] += 1
+        except Exception:
+            print(f"hostile file {seed} is kept at {path}", flush=True)
+            raise
+    shutil.rmtree(path.parent)
+    print(f"{count} hostile files: {', '.join(f'{n} {outcome}' for outcome, n in outcomes.items())}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workflows", nargs="*", type=Path, help="workflow files (default: all that are shipped)")
     parser.add_argument("--minutes", type=float, default=float(os.environ.get("SOAK_MINUTES", 20)))
     parser.add_argument("--input", type=Path, help="a folder to serve as the server's input folder")
     parser.add_argument("--allowed-growth", type=float, default=200.0, metavar="MIB")
+    parser.add_argument("--files", type=int, default=10_000, help="damaged adapter files to read first")
     options = parser.parse_args()
+    read_hostile_files(options.files)
     paths = options.workflows or sorted((ROOT / "example_workflows").glob("*.json"))
     if not paths:
         parser.error("there is no workflow to run: name one, or add one to example_workflows")

@@ -8,7 +8,7 @@ from typing import Any
 
 import folder_paths
 
-from ..kernels.files import LoraModel, read_lora
+from ..kernels.safetensors_io import LoraModel, load_tensors
 from .runs import checked_name
 
 SUFFIX = ".safetensors"
@@ -23,7 +23,7 @@ def load(name: str) -> LoraModel:
     """The LoRA called ``name``. Raises ValueError naming ``lora_name``."""
     if name not in lora_names():
         raise ValueError(f"lora_name: there is no LoRA {name!r} in the loras folders (only .safetensors is read)")
-    return read_lora(folder_paths.get_full_path_or_raise("loras", name))
+    return load_tensors(folder_paths.get_full_path_or_raise("loras", name))
 
 
 def file_state(name: Any) -> str:

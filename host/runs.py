@@ -17,7 +17,7 @@ from typing import Any
 import folder_paths
 from torch import Tensor
 
-from ..kernels.files import LoraModel, read_lora, read_metadata, write_lora
+from ..kernels.safetensors_io import LoraModel, load_tensors, read_metadata, save_tensors
 
 IF_EXISTS = {
     "continue": "go on where that run stopped, or return its result when it is complete",
@@ -54,13 +54,13 @@ class Run:
         return json.loads(read_metadata(self.state_path)["loom.run"])
 
     def state(self) -> LoraModel:
-        return read_lora(self.state_path)
+        return load_tensors(self.state_path)
 
     def write(self, state: Mapping[str, Tensor], facts: Mapping[str, Any], lora: LoraModel) -> None:
         """Keep both files; the LoRA first, so that a state never tells of a LoRA that is not there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_lora(lora, self.lora_path)
-        write_lora(state, self.state_path, {"loom.run": json.dumps(facts, sort_keys=True)})
+        save_tensors(lora, self.lora_path)
+        save_tensors(state, self.state_path, {"loom.run": json.dumps(facts, sort_keys=True)})
 
 
 def open_run(name: str, if_exists: str) -> Run:

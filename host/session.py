@@ -12,16 +12,19 @@ import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import comfy.model_management
 import torch
 
-from ..kernels.adapter import Options
-from ..kernels.files import LoraModel, from_state_dict, to_state_dict, training_metadata
+from ..kernels.adapter import Adapter, Options
 from ..kernels.layers import Target, select_targets
 from ..kernels.lora import LoRA
+from ..kernels.metadata import training_metadata
 from ..kernels.names import NameTable
+from ..kernels.reading import read_lora
+from ..kernels.safetensors_io import LoraModel
+from ..kernels.writing import to_state_dict
 from ..training.data import Dataset
 from ..training.loop import StepReport, Trainer, TrainingDivergedError, generator
 from ..training.settings import OptionError, Plan
@@ -119,7 +122,7 @@ def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> _Ses
     with torch.inference_mode(False):
         adapters = _fresh_adapters(plan, targets)
         if request.start_from is not None:
-            note = _start_from(adapters, request.start_from, targets, names)
+            note = _start_from(adapters, request.start_from, names)
             notes.append("start_from has no effect: the run goes on with its own weights" if run.exists() else note)
     session = _Session(request, run, patcher, names, adapters, notes)
     _check_run(session)
@@ -140,9 +143,10 @@ def _fresh_adapters(plan: Plan, targets: list[Target]) -> dict[str, LoRA]:
     return adapters
 
 
-def _start_from(adapters: dict[str, LoRA], given: LoraModel, targets: list[Target], names: NameTable) -> str:
-    """Take over the layers that ``given`` holds; returns a note."""
-    loaded, unplaced = from_state_dict(given, targets, names.find)
+def _start_from(adapters: dict[str, LoRA], given: LoraModel, names: NameTable) -> str:
+    """Take over the plain LoRAs that ``given`` holds for the same layers; returns a note."""
+    found = read_lora(given, names).adapters
+    loaded = {path: adapter for path, adapter in found.items() if path in adapters and _is_pair(adapter)}
     if not loaded:
         raise OptionError(
             "start_from: none of its layers is trained here. It must be a LoRA for this MODEL, and the layers preset "
@@ -157,11 +161,16 @@ def _start_from(adapters: dict[str, LoRA], given: LoraModel, targets: list[Targe
             )
         if adapter.alpha != adapters[path].alpha:
             alphas.add(adapter.alpha)
-        copies = [tensor.detach().clone().float() for tensor in adapter.parameters()]
-        adapters[path] = LoRA(copies[0], copies[1], adapter.alpha)
-    left = f", {len(unplaced)} of its keys are not trained here" if unplaced else ""
+        adapters[path] = LoRA(adapter.down.float().clone(), adapter.up.float().clone(), adapter.alpha)
+    unused = len(given) - sum(len(adapter.state()) for adapter in loaded.values())
+    left = f", {unused} of its keys are not trained here" if unused > 0 else ""
     kept = f"; its alpha {', '.join(f'{value:g}' for value in sorted(alphas))} stays" if alphas else ""
     return f"started from the given LoRA on {len(loaded)} of {len(adapters)} layers{left}{kept}"
+
+
+def _is_pair(adapter: Adapter) -> TypeGuard[LoRA]:
+    """A LoRA without Tucker's core: all that is trained here so far."""
+    return type(adapter) is LoRA and adapter.mid is None
 
 
 def _run(session: _Session, examples: EncodedExamples, total: int) -> Result:

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..host import loras
 from ..host.apply import apply_lora
-from ..kernels.files import read_lora, trigger_words
+from ..kernels.metadata import trigger_words
+from ..kernels.safetensors_io import load_tensors
 from .compat import build
 from .sockets import CATEGORY, LORA_MODEL
 
@@ -83,7 +84,7 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         if lora is None and lora_name == FROM_SOCKET:
             raise ValueError("lora_name: choose a file, or connect the lora socket to a trainer")
         name = "the connected LoRA" if lora is not None else lora_name
-        loaded = read_lora(lora) if lora is not None else loras.load(lora_name)
+        loaded = load_tensors(lora) if lora is not None else loras.load(lora_name)
         words = ", ".join(trigger_words(getattr(loaded, "metadata", {})))
         new_model, new_clip, applied = apply_lora(model, clip, loaded, strength_model, strength_clip)
         return io.NodeOutput(new_model, new_clip, words, applied.describe(name, strength_model, strength_clip))

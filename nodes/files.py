@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host import loras
-from ..kernels.files import read_lora, write_lora
+from ..kernels.safetensors_io import load_tensors, save_tensors
 from .compat import build
 from .sockets import CATEGORY, LORA_MODEL
 
@@ -53,6 +53,6 @@ class LoomSaveLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora: Any, name: str, if_file_exists: str) -> io.NodeOutput:
         place = loras.place_for(name) if if_file_exists == "overwrite" else loras.free_place_for(name)
-        written = write_lora(read_lora(lora), place)
+        written = save_tensors(load_tensors(lora), place)
         listed = loras.listed_name(written)
         return io.NodeOutput(listed, ui={"text": [listed]})

@@ -10,7 +10,7 @@ from ..host.apply import apply_lora
 from ..host.previews import Previews, PreviewSettings
 from ..host.runs import IF_EXISTS
 from ..host.session import Request, train
-from ..kernels.files import read_lora
+from ..kernels.safetensors_io import load_tensors
 from ..training.data import Dataset
 from ..training.settings import (
     LENGTH_UNITS,
@@ -189,7 +189,7 @@ class LoomLoRATrainer(io.ComfyNode):
             plan=plan,
             run_name=run_name,
             if_run_exists=if_run_exists,
-            start_from=None if start_from is None else read_lora(start_from),
+            start_from=None if start_from is None else load_tensors(start_from),
             node_id=cls.hidden.unique_id,
             previews=None if preview is None else Previews(preview, model, clip, vae),
         )

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from lora_loom.kernels.adapter import Options
-from lora_loom.kernels.files import LoraModel, to_state_dict, write_lora
 from lora_loom.kernels.lora import LoRA
+from lora_loom.kernels.safetensors_io import LoraModel, save_tensors
+from lora_loom.kernels.writing import to_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +29,7 @@ def test_inspect_from_a_folder_of_any_name(tmp_path):
         shutil.copytree(ROOT / part, folder / part)
     adapter = LoRA.create((7, 5), Options(3, 3.0), torch.Generator().manual_seed(0))
     file = tmp_path / "one.safetensors"
-    write_lora(LoraModel(to_state_dict({"a.b": adapter}, lambda path: path)), file, {"modelspec.title": "one"})
+    save_tensors(LoraModel(to_state_dict({"a.b": adapter}, lambda path: path)), file, {"modelspec.title": "one"})
     result = run(folder, "inspect", str(file))
     assert result.returncode == 0, result.stderr
     assert "1 layers of rank 3" in result.stdout

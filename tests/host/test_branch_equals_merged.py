@@ -13,8 +13,8 @@ from comfy_extras.nodes_train import LoraModelLoader
 
 import tiny
 from lora_loom.host.denoiser import HostDenoiser
-from lora_loom.kernels.files import to_state_dict
 from lora_loom.kernels.names import NameTable
+from lora_loom.kernels.writing import to_state_dict
 from training import adapters_for, borrow, samples_for
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")

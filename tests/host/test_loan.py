@@ -12,8 +12,8 @@ import tiny
 from lora_loom.host.denoiser import HostDenoiser
 from lora_loom.host.loan import WeightsChangedError, borrow
 from lora_loom.kernels import lora as lora_kernel
-from lora_loom.kernels.files import to_state_dict
 from lora_loom.kernels.names import NameTable
+from lora_loom.kernels.writing import to_state_dict
 from lora_loom.training.loop import Batch, Trainer
 from lora_loom.training.settings import OptimizerSettings, Plan
 from snapshot import Snapshot, weights
@@ -168,7 +168,7 @@ ENDINGS = {
     ),
     "out of memory in forward": (
         OutOfMemory,
-        lambda patch: failing(patch, lora_kernel, "_convolve", OutOfMemory("forward"), 30) or {},
+        lambda patch: failing(patch, lora_kernel, "convolve", OutOfMemory("forward"), 30) or {},
     ),
     "out of memory in backward": (
         OutOfMemory,

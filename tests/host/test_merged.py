@@ -7,8 +7,8 @@ import torch
 import tiny
 from lora_loom.host.denoiser import HostDenoiser
 from lora_loom.host.loan import borrow
-from lora_loom.kernels.files import to_state_dict
 from lora_loom.kernels.names import NameTable
+from lora_loom.kernels.writing import to_state_dict
 from training import adapters_for, samples_for
 
 

@@ -1,0 +1,129 @@
+"""Tensors in files: round trips, atomic writing, kohya's hashes. What is refused is in test_hostile_files.py."""
+
+import hashlib
+import io
+import os
+
+import pytest
+import safetensors.torch
+import torch
+
+from lora_loom.kernels.safetensors_io import (
+    LoraModel,
+    load_tensors,
+    read_metadata,
+    save_tensors,
+    tensor_hashes,
+)
+
+
+def state():
+    draws = torch.Generator().manual_seed(0)
+    pair = {"lora_down.weight": (2, 4), "lora_up.weight": (6, 2)}
+    tensors = {f"lora_unet_{n}.{part}": torch.randn(s, generator=draws) for n in "abc" for part, s in pair.items()}
+    return tensors | {f"lora_unet_{n}.alpha": torch.tensor(3.0) for n in "abc"}
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_round_trip(tmp_path):
+    path = save_tensors(LoraModel(state(), {"ss_seed": "7"}), tmp_path / "new" / "a.safetensors")
+    again = load_tensors(path)
+    assert again.keys() == state().keys()
+    for key, tensor in state().items():
+        assert torch.equal(again[key], tensor)
+        assert again[key].is_contiguous()
+    assert again.metadata["ss_seed"] == "7"
+    assert again.metadata == read_metadata(path)
+    assert not again.trained
+    assert load_tensors(again) is again
+    assert safetensors.torch.load_file(path).keys() == again.keys()
+    assert names_in(path.parent) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
+)
+def test_every_dtype_keeps_its_bits(tmp_path, dtype):
+    tensor = torch.tensor([0.0, 1.0, 0.0, 1.0]).to(dtype)
+    again = load_tensors(save_tensors({"x": tensor, "none": tensor[:0]}, tmp_path / "d.safetensors"))
+    assert again["x"].dtype == again["none"].dtype == dtype
+    assert torch.equal(again["x"].view(torch.uint8), tensor.view(torch.uint8))
+    assert again["none"].shape == (0,)
+
+
+def test_slices_of_one_tensor_are_written(tmp_path):
+    fused = torch.arange(12.0).reshape(2, 6)
+    written = load_tensors(save_tensors({"q": fused[:, :3], "k": fused[:, 3:]}, tmp_path / "s.safetensors"))
+    assert torch.equal(torch.cat([written["q"], written["k"]], 1), fused)
+
+
+def test_models_hold_plain_tensors():
+    weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).T)
+    model = load_tensors({"x": weight})
+    assert type(model["x"]) is torch.Tensor
+    assert model["x"].is_contiguous()
+    assert not model["x"].requires_grad
+    assert (model.metadata, model.trained) == ({}, False)
+
+
+def test_metadata_is_text():
+    with pytest.raises(ValueError, match="'ss_seed' is int"):
+        save_tensors(state(), "never.safetensors", {"ss_seed": 7})
+
+
+def test_metadata_is_read_from_the_header_alone(tmp_path):
+    path = save_tensors({"x": torch.zeros(1_000_000)}, tmp_path / "h.safetensors", {"a": "b"})
+    with open(path, "r+b") as file:
+        file.seek(3_000_000)
+        file.write(b"\xff" * 100_000)
+    assert read_metadata(path)["a"] == "b"
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
+    path = save_tensors(state(), tmp_path / "a.safetensors")
+    before = path.read_bytes()
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        save_tensors({"x": torch.ones(1)}, path)
+    assert path.read_bytes() == before
+    assert names_in(tmp_path) == ["a.safetensors"]
+
+
+def test_equal_content_is_equal_bytes(tmp_path):
+    metadata = {f"ss_{n}": 'é ✓ "quoted"' for n in range(20)}
+    written = {save_tensors(state(), tmp_path / f"{n}.safetensors", metadata).read_bytes() for n in range(5)}
+    assert len(written) == 1
+    assert read_metadata(tmp_path / "0.safetensors").items() >= metadata.items()
+    header = safetensors.torch.load(written.pop())  # the library accepts it
+    assert header.keys() == state().keys()
+
+
+def kohya_hashes(tensors, metadata):
+    """sd-scripts, library/train_util.py: precalculate_safetensors_hashes and its two helpers."""
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = io.BytesIO(safetensors.torch.save(tensors, kept))
+    content.seek(0x100000)
+    legacy = hashlib.sha256(content.read(0x10000)).hexdigest()[0:8]
+    content.seek(0)
+    content.seek(int.from_bytes(content.read(8), "little") + 8)
+    return hashlib.sha256(content.read()).hexdigest(), legacy
+
+
+def test_hashes_are_kohyas(tmp_path):
+    tensors = {f"layer{n}.lora_up.weight": torch.randn(400, 400) for n in range(3)}  # longer than 1 MiB
+    metadata = {"ss_seed": "1", "ss_note": "ü", "modelspec.title": "not part of it"}
+    model_hash, legacy = kohya_hashes(tensors, metadata)
+    assert tensor_hashes(tensors, metadata) == {
+        "sshs_model_hash": model_hash,
+        "sshs_legacy_hash": legacy,
+        "modelspec.hash_sha256": "0x" + model_hash,
+    }
+    written = read_metadata(save_tensors(tensors, tmp_path / "h.safetensors", metadata))
+    assert (written["sshs_model_hash"], written["sshs_legacy_hash"]) == (model_hash, legacy)
