@@ -215,7 +215,8 @@ def contestants(family: Family) -> dict[str, Callable[[nn.Module, int], Run]]:
         made["peft"] = lambda m, r: of_peft(m, family, r)
     if family.lycoris:
         made["lycoris rebuild"] = lambda m, r: of_lycoris(m, family, r, False)
-        made["lycoris bypass"] = lambda m, r: of_lycoris(m, family, r, True)
+        if not family.options.get("dora"):  # bypassing leaves DoRA out without a word
+            made["lycoris bypass"] = lambda m, r: of_lycoris(m, family, r, True)
     if family.host:
         made["host merge"] = lambda m, r: of_host(m, family, r, False)
         if hasattr(host_adapters.WeightAdapterBase, "h"):

@@ -25,6 +25,7 @@ from .products import (
     add_pointwise,
     channel_dim,
     conv_gradients,
+    conv_input_gradient,
     conv_input_gradient_by_product,
     convolve,
     kernel_gradient,
@@ -268,7 +269,7 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
 
 
 class _ConvWithLoRA(torch.autograd.Function):
-    """y = conv(x, W) + b + B·h over x (N, in, *space); saves x and h = s conv(x, A) (N, rank, *space')."""
+    """y = conv(x, W) + b + B·h over x (N, in, *space), h = s conv(x, A) (N, rank, *space'); saves h, and x for A."""
 
     @staticmethod
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float, layer: FrozenConvolution):
@@ -277,28 +278,30 @@ class _ConvWithLoRA(torch.autograd.Function):
         if mask is not None:
             hidden.mul_(mask)
         add_pointwise(y, up.flatten(1).to(x.dtype), hidden)
-        ctx.layer, ctx.scale = layer, scale
-        ctx.save_for_backward(x, hidden, down, up, mask)
+        ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, x.shape, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, hidden, down, up, mask)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, hidden, down, up, mask = ctx.saved_tensors
         geometry, (needs_x, needs_down, *_) = ctx.layer.geometry, ctx.needs_input_grad
-        grad = grad.to(x.dtype)
-        a, grad_x, grad_down = down.to(x.dtype), None, None
-        grad_hidden = _scaled(pointwise(up.flatten(1).T.to(x.dtype), grad), ctx.scale)
+        grad = grad.to(ctx.dtype)
+        a, grad_x, grad_down = down.to(ctx.dtype), None, None
+        grad_up = outer(grad, hidden).to(up.dtype).view(up.shape)
+        grad_hidden = _scaled(pointwise(up.flatten(1).T.to(ctx.dtype), grad), ctx.scale)
         if mask is not None:
             grad_hidden.mul_(mask)
-        grad_up = outer(grad, hidden).to(up.dtype).view(up.shape)
-        if not needs_x:
-            grad_down = kernel_gradient(grad_hidden, x, a, geometry)
-        else:
+        if needs_x:
             with ctx.layer.weight(grad) as weight:
                 if wants_product(grad, weight, geometry):
-                    grad_x = conv_input_gradient_by_product(x.shape, geometry, (grad, weight), (grad_hidden, a))
-                    grad_down = kernel_gradient(grad_hidden, x, a, geometry) if needs_down else None
+                    grad_x = conv_input_gradient_by_product(ctx.shape, geometry, (grad, weight), (grad_hidden, a))
+                elif needs_down:  # both gradients of the branch in one call
+                    branch_x, grad_down = conv_gradients(grad_hidden, x, a, geometry, (True, True))
+                    grad_x = conv_input_gradient(grad, ctx.shape, weight, geometry).add_(branch_x)
                 else:
-                    branch_x, grad_down = conv_gradients(grad_hidden, x, a, geometry, (True, needs_down))
-                    grad_x = conv_gradients(grad, x, weight, geometry, (True, False))[0].add_(branch_x)
+                    grad_x = conv_input_gradient(grad, ctx.shape, weight, geometry)
+                    grad_x.add_(conv_input_gradient(grad_hidden, ctx.shape, a, geometry))
+        if needs_down and grad_down is None:
+            grad_down = kernel_gradient(grad_hidden, x, a, geometry)
         return grad_x, None if grad_down is None else grad_down.to(down.dtype), grad_up, None, None, None

@@ -127,12 +127,13 @@ def test_the_graph_keeps_the_input_and_no_weight(width, kept_too):
     assert kept_for_backward(lambda: frozen_linear(x, layer)) == []
 
 
-def test_lora_fa_keeps_the_narrow_product_only():
-    module, adapter, x = build(Case("LoRA-FA", "linear", Options(3, 2.0)))
+@pytest.mark.parametrize("name, narrow", (("linear", (5, 3)), ("conv2d", (2, 3, 5, 4))))
+def test_lora_fa_keeps_the_narrow_product_only(name, narrow):
+    module, adapter, x = build(Case("LoRA-FA", name, Options(3, 2.0)))
     assert [id(tensor) for tensor in adapter.parameters()] == [id(adapter.up)]
     adapter.up.requires_grad_()
     factors = [tuple(tensor.shape) for tensor in adapter.tensors.values()]
-    assert kept_for_backward(lambda: adapter.on(x.requires_grad_(), Lent(module))) == sorted([(5, 3), *factors])
+    assert kept_for_backward(lambda: adapter.on(x.requires_grad_(), Lent(module))) == sorted([narrow, *factors])
 
 
 def test_dylora_trains_a_random_prefix():
