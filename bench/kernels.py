@@ -41,6 +41,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is im
     os.environ[variable] = "1"
 if OPTIONS.host:
     os.environ["COMFYUI_DIR"] = OPTIONS.host
+# not this folder: libraries look for a package called kernels, and would find this script
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != HERE]
 sys.path[:0] = [str(HERE.parent / "tests" / "host"), str(HERE.parent / "dev")]
 
 from hosting import prepare_host  # noqa: E402

@@ -45,14 +45,17 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is im
     os.environ[variable] = str(OPTIONS.threads)
 if OPTIONS.host:
     os.environ["COMFYUI_DIR"] = OPTIONS.host
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "host"), str(HERE.parent / "dev")]
+# not this folder itself: libraries look for a package called kernels, and would find kernels.py
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != HERE]
+sys.path[:0] = [str(HERE / "step_parts"), str(HERE.parent / "tests" / "host"), str(HERE.parent / "dev")]
 
 from hosting import prepare_host  # noqa: E402
 
 prepare_host()
 
-import report  # noqa: E402
 import torch  # noqa: E402
+
+import report  # noqa: E402
 from contestants import contestant, first_model, share  # noqa: E402
 from memory import memory_of  # noqa: E402
 from timing import take_turns  # noqa: E402
