@@ -4,7 +4,8 @@
 * ``same_base``: whether a guess can be the model that a ``NameTable`` describes.
 * ``local``: a layer's name in a file without the prefix of the component it belongs to.
 
-Architectures are called as the families in ``dialects_transformers``; SD1, SD2 and SDXL are "sd1", "sd2" and "sdxl".
+Architectures are called as the families in ``dialects_transformers``; SD1, SD2 and SDXL are "sd1", "sd2" and "sdxl",
+and "sd" where nothing tells which of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _COMPONENTS = re.compile(
 )
 _TEXT = re.compile(
     r"(?:base_model\.model\.)?(?:text_encoders?(?:_\d)?\.|(?:lora|lycoris)_te\d?_|lora_prior_te_|te\d?\."
-    r"|(?:clip_[lgh]|t5xxl)\.|(?:text_model|lycoris_text_model)[._])"
+    r"|(?:clip_[lgh]|t5(?:xxl)?)\.|(?:text_model|lycoris_text_model)[._])"
 )
 # The first whose pattern is found among the names decides. Names come without prefix, with "_" for ".".
 _NAMES: tuple[tuple[str, str], ...] = (
@@ -68,6 +69,21 @@ _METADATA = (  # key, beginning of its value, architecture
     )),
 )  # fmt: skip
 _UNETS = {"sd1", "sd2", "sdxl", "sdxl_refiner"}
+_STREAMS = {"flux2", "chroma", "hunyuan_video", "hunyuan_video15", "hunyuan_image"}
+_ALSO = {  # guess -> what it may be as well, as long as none of the layers that it alone has are in the file
+    "sd": _UNETS,
+    "sd1": {"sd"},
+    "sd2": {"sd"},
+    "sdxl": {"sdxl_refiner"},
+    "flux": _STREAMS | {"auraflow"},
+    "sd3": _STREAMS | {"flux", "qwen_image"},
+    "hunyuan_video": {"hunyuan_video15", "hunyuan_image"},
+    "ltxv": {"ltxav", "pixart", "mochi", "cosmos1", "cosmos2", "anima", "sd3"},
+    "cosmos2": {"anima"},
+    "lumina2": {"z_image", "omnigen2"},
+    "z_image": {"lumina2"},
+    "cascade_c": {"cascade_b"},
+}
 
 
 def local(name: str) -> str:
@@ -88,7 +104,13 @@ def known(name: str) -> bool:
 
 
 def in_text_encoder(name: str) -> bool:
-    return _TEXT.match(name) is not None
+    return bool(encoder_prefix(name))
+
+
+def encoder_prefix(name: str) -> str:
+    """What stands before a layer of a text encoder and says which one it is; empty for all other names."""
+    match = _TEXT.match(name)
+    return match.group() if match else ""
 
 
 def guess(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> tuple[str | None, str]:
@@ -103,6 +125,8 @@ def guess(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str
         if architecture == "sd":
             architecture, further = _which_sd({short: layers[name] for short, name in flat.items()}, told)
             evidence += f", {further}"
+        if told and told in _ALSO.get(architecture, ()):
+            return told, f"{evidence}, and {said}"
         if told and told != architecture:
             evidence += f"; {said} all the same"
         return architecture, evidence
@@ -111,7 +135,7 @@ def guess(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str
 
 def same_base(guessed: str | None, table: str | None) -> bool:
     """False only where both are known and differ. Tables call SD1 and SD2 "sd"."""
-    return not guessed or not table or guessed == table or (table == "sd" and guessed in ("sd1", "sd2"))
+    return not guessed or not table or guessed == table or table in _ALSO.get(guessed, ())
 
 
 def _from_metadata(metadata: Mapping[str, str]) -> tuple[str | None, str]:
@@ -133,5 +157,4 @@ def _which_sd(layers: Mapping[str, Mapping[str, Tensor]], told: str | None) -> t
         return "sdxl", "and transformers of several blocks as only SDXL has them"
     if told in _UNETS:
         return told, "as SD1, SD2 and SDXL have it, and the metadata tells which"
-    return "sd1", "as SD1, SD2 and SDXL have it; which, nothing tells"
-
+    return "sd", "as SD1, SD2 and SDXL have it; which, nothing tells"

@@ -45,6 +45,7 @@ class TextNames:
         self.paths = tuple(paths)
         self._prefixes = encoder_prefixes(dict.fromkeys(m[1] for m in map(_ENCODER.match, self.paths) if m))
         self.found: dict[str, str] = {}
+        self._begun: dict[str, bool] = {}
         for path in self.paths:
             self.found |= {path: path, PREFIX + path: path}
         for path in self.paths:
@@ -53,6 +54,12 @@ class TextNames:
         language = [path for path in self.paths if _local(path) is not None and not path.startswith("clip_")]
         # newer hosts also read them without the encoder's own name, and then mean the last encoder
         self.found = {PREFIX + path.partition(".")[2]: path for path in language} | self.found
+
+    def has(self, prefix: str) -> bool:
+        """Whether a layer of any of the encoders is called by this beginning."""
+        if prefix not in self._begun:
+            self._begun[prefix] = any(name.startswith(prefix) for name in self.found)
+        return self._begun[prefix]
 
     def write(self, path: str, dialect: str) -> str | None:
         """The name in "native", "kohya", "diffusers" or "host"; None where the dialect has none."""
@@ -72,7 +79,9 @@ class TextNames:
         if local is None or prefixes is None:
             return []
         flat = dict.fromkeys((_flat(local), _flat(_unwrapped(local))))
-        return [prefix + name for prefix in prefixes.kohya for name in flat] + [prefixes.diffusers + local]
+        encoder = path.partition(".")[0]
+        own = [f"{name}.{local}" for name in dict.fromkeys((encoder, encoder.removesuffix("xxl")))]  # OneTrainer's
+        return [prefix + name for prefix in prefixes.kohya for name in flat] + [prefixes.diffusers + local, *own]
 
 
 def encoder_prefixes(encoders: Iterable[str]) -> dict[str, Prefixes]:

@@ -25,7 +25,10 @@ CONFIG, DIFFUSERS_CONFIG = "adapter_config", "lora_adapter_metadata"
 WRAPPER = "base_model.model."
 _MAX_BYTES = 2**20
 _SIMPLE = re.compile(r"\^?(?:[\w-]|\\?\.|\\d\+?|\.\*)+\$?", re.ASCII)
+_OUT_OF_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change the base's weights
 _MAX_REPEATS = 2  # more of them in one pattern take ages on names made for it
+_MAX_STEPS = 10**9  # of all patterns on all names, some seconds
+_CALL = 30  # steps that a match costs however short it is
 
 
 def beside(path: str | os.PathLike) -> dict[str, str]:
@@ -48,12 +51,23 @@ class Configs:
         for key, value in json_object(metadata, DIFFUSERS_CONFIG).items():
             component, _, name = key.rpartition(".")
             self.components.setdefault(component, {})[name] = value
+        self._steps = 0
         for config in self.components.values():
             for field in ("alpha_pattern", "rank_pattern"):
                 config[field] = self._checked(config.get(field))
 
     def __bool__(self) -> bool:
         return bool(self.components)
+
+    def warnings(self) -> list[str]:
+        """What nobody can replay from the file alone, in sentences."""
+        starts = {str(config.get("init_lora_weights")) for config in self.components.values()}
+        return [
+            f"PEFT took the adapter's beginning out of the base model ({start[:20]}), which is not in the file: on the"
+            " base model itself it acts otherwise than in training"
+            for start in sorted(starts)
+            if start.lower().startswith(_OUT_OF_BASE)
+        ]
 
     def of(self, name: str) -> tuple[Mapping[str, Any], str]:
         """(configuration of a layer by its name in the file, its name there)."""
@@ -65,35 +79,41 @@ class Configs:
 
     def scale(self, name: str) -> float | None:
         config, inside = self.of(name)
-        rank = _number(_matching(config.get("rank_pattern", {}), inside, config.get("r")))
+        rank = _number(self._matching(config.get("rank_pattern", {}), inside, config.get("r")))
         default = config.get("lora_alpha", config.get("alpha"))
-        alpha = _number(_matching(config.get("alpha_pattern", {}), inside, default))
+        alpha = _number(self._matching(config.get("alpha_pattern", {}), inside, default))
         if rank is None or alpha is None or rank < 1:
             return None
         return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
 
-    def _checked(self, patterns: Any) -> dict[str, Any]:
+    def _checked(self, patterns: Any) -> dict[re.Pattern, Any]:
         found = {}
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-            if _SIMPLE.fullmatch(pattern) and pattern.count("*") + pattern.count("+") <= _MAX_REPEATS:
-                found[pattern] = value
+            if _SIMPLE.fullmatch(pattern) and _repeats(pattern) <= _MAX_REPEATS:
+                found[re.compile(f"(?:{pattern})$")] = value
             else:
                 self.refused.append(pattern)
         return found
+
+    def _matching(self, patterns: Mapping[re.Pattern, Any], name: str, default: Any) -> Any:
+        """The value of the first pattern that fits the end of ``name`` from a dot on, as PEFT has it."""
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+        for pattern, value in patterns.items():
+            self._steps += len(starts) * (_CALL + len(name) ** _repeats(pattern.pattern))
+            if self._steps > _MAX_STEPS:
+                self.refused.append(pattern.pattern)
+                break
+            if any(pattern.match(name, start) for start in starts):
+                return value
+        return default
 
 
 def config_json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _matching(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of ``name`` from a dot on, as PEFT has it."""
-    for pattern, value in patterns.items():
-        compiled = re.compile(f"(?:{pattern})$")
-        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
-        if any(compiled.match(name, start) for start in starts):
-            return value
-    return default
+def _repeats(pattern: str) -> int:
+    return pattern.count("*") + pattern.count("+")
 
 
 def _number(value: Any) -> float | None:

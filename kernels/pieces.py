@@ -6,9 +6,10 @@
 * ``exchanged``: parts for the layer with the halves of its rows exchanged.
 * ``folded``: parts without alpha and without a core, for files that have no place for them.
 
-Low-rank pairs stay pairs: sums have their ranks beside each other, rows of a fused layer are rows of ``up``. Rotations
-of all parts of a fused layer are numbered as kohya does it. What else there is together on one layer is written as a
-dense difference where that does not depend on the weight, and is a ValueError otherwise.
+Low-rank pairs stay pairs: sums have their ranks beside each other, rows of a fused layer are rows of ``up``; other
+families are cut by rows where they can be. Rotations of all parts of a fused layer are numbered as kohya does it. What
+else there is together on one layer, or in part of it, is written as a dense difference where that does not depend on
+the weight, and is a ValueError otherwise.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ from torch import Tensor
 
 from .adapter import Adapter, Additive, wide
 from .compose import Sliced, Sum, Swapped, swapped
+from .control import WIDTH, Widened
 from .dora import SCALE
+from .glora import A1, A2, B1, B2
+from .ia3 import ON_INPUT
+from .ia3 import WEIGHT as FACTORS
 from .lora import DOWN, MID, UP
+from .oftv2 import SCALED
+from .oftv2 import WEIGHT as OFT_R
 from .registry import read_adapter
 from .rotations import BLOCKS
 
 DIFF, DIFF_B = "diff", "diff_b"
 _PAIR = frozenset({DOWN, UP, "alpha"})
-_BY_ROW = frozenset({UP, DIFF, DIFF_B, "w_norm", "b_norm"})  # the layer's rows are their first dimension
+_BY_ROW = frozenset({UP, DIFF, DIFF_B, "w_norm", "b_norm", "hada_w1_a", "hada_w2_a", B1})  # rows first, as the layer's
+_ALL_ROWS = frozenset({DOWN, MID, "alpha", "hada_w1_b", "hada_w2_b", A1, A2, B2, OFT_R, SCALED, ON_INPUT})
 _Shape = Sequence[int]
 
 
@@ -51,12 +59,15 @@ def pieces_of(adapter: Adapter) -> list[Piece]:
         return [replace(p, rows=(start + (p.rows or whole)[0], (p.rows or whole)[1])) for p in inner]
     if isinstance(adapter, Swapped):
         return [replace(piece, swapped=not piece.swapped) for piece in pieces_of(adapter.inner)]
+    if isinstance(adapter, Widened):
+        wider = as_one(pieces_of(adapter.inner), adapter.inner.shape)
+        return [Piece({**wider, WIDTH: torch.tensor(adapter.inner.shape)})]
     return [Piece(adapter.state())]
 
 
 def as_one(pieces: Sequence[Piece], shape: _Shape | None) -> dict[str, Tensor]:
     """The parts for a whole layer of ``shape``. Raises ValueError where they are of kinds that do not go together."""
-    pieces = [Piece(exchanged(piece.parts), piece.rows) if piece.swapped else piece for piece in pieces]
+    pieces = [Piece(_straight(piece, shape), piece.rows) for piece in pieces]
     if len(pieces) == 1 and pieces[0].rows is None:
         return dict(pieces[0].parts)
     biases = [replace(piece, parts={DIFF_B: piece.parts[DIFF_B]}) for piece in pieces if DIFF_B in piece.parts]
@@ -67,6 +78,9 @@ def as_one(pieces: Sequence[Piece], shape: _Shape | None) -> dict[str, Tensor]:
         parts = dict(weights[0].parts)
     elif weights and all(piece.parts.keys() <= _PAIR for piece in weights):
         parts = _stacked(weights, shape)
+    elif weights and shape and _parts_with_norms(weights) and _covers([piece.rows for piece in weights], shape[0]):
+        weights.sort(key=lambda piece: piece.rows or (0, 0))
+        parts = _stacked(weights, shape) | {SCALE: torch.cat([piece.parts[SCALE] for piece in weights])}
     elif weights and shape and _covers([piece.rows for piece in weights], shape[0]):
         parts = _numbered(weights) or {DIFF: _dense(weights, shape)}
     elif weights:
@@ -88,11 +102,12 @@ def on_rows(pieces: Sequence[Piece], rows: tuple[int, int], shape: _Shape) -> di
     return as_one(found, (length, *shape[1:])) if found else {}
 
 
-def exchanged(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same for the layer with the halves of its rows exchanged."""
-    by_row = _by_row(parts)
-    if not by_row:
-        raise ValueError(f"{', '.join(sorted(parts))}: cannot be written for a layer with its halves exchanged")
+def exchanged(parts: Mapping[str, Tensor], shape: _Shape | None) -> dict[str, Tensor]:
+    """The same for a layer of ``shape`` with the halves of its rows exchanged."""
+    by_row = _by_row(parts, all_rows=True)
+    if by_row is None:
+        parts = _as_difference(parts, shape)
+        by_row = set(parts)
     return {part: swapped(tensor) if part in by_row else tensor for part, tensor in parts.items()}
 
 
@@ -109,28 +124,53 @@ def folded(parts: Mapping[str, Tensor], into: str) -> dict[str, Tensor]:
     return result
 
 
-def _by_row(parts: Mapping[str, Tensor]) -> set[str]:
-    """The parts that belong to single rows, if the others are the same for all of them."""
-    by_row = {part for part in parts if part in _BY_ROW or (part == SCALE and len(parts[SCALE]) > 1)}
-    rest = parts.keys() - by_row - {DOWN, MID, "alpha"}
-    return set() if rest else by_row
+def _by_row(parts: Mapping[str, Tensor], all_rows: bool) -> set[str] | None:
+    """The parts that belong to single rows, None unless the others are the same for any rows (for all of them)."""
+    by_row, common = _BY_ROW & parts.keys(), _ALL_ROWS & parts.keys()
+    if SCALE in parts and (len(parts[SCALE]) > 1 or all_rows):
+        by_row |= {SCALE} if len(parts[SCALE]) > 1 else set()
+        common |= {SCALE}
+    if FACTORS in parts and parts[FACTORS].ndim == 1:
+        by_row |= {FACTORS} if not parts[ON_INPUT] else set()
+        common |= {FACTORS}
+    return None if parts.keys() - by_row - common else set(by_row)
+
+
+def _straight(piece: Piece, shape: _Shape | None) -> dict[str, Tensor]:
+    """Its parts with nothing exchanged; ``shape`` is that of the whole layer."""
+    if not piece.swapped:
+        return dict(piece.parts)
+    rows = None if shape is None else (piece.rows[1] if piece.rows else shape[0], *shape[1:])
+    return exchanged(piece.parts, rows)
 
 
 def _cut(piece: Piece, first: int, length: int, shape: _Shape) -> dict[str, Tensor]:
     """``length`` rows from ``first`` on, of a piece for a layer of ``shape``."""
+    parts = _straight(piece, shape)
     if (first, length) == (0, shape[0]):
-        return exchanged(piece.parts) if piece.swapped else dict(piece.parts)
+        return parts
     if first < 0 or first + length > shape[0]:
         raise ValueError("the layers of the file divide the rows of this one otherwise than its adapters do")
-    parts = exchanged(piece.parts) if piece.swapped else piece.parts
-    by_row = _by_row(parts)
-    if not by_row:
-        dense = _dense([Piece(parts)], shape)
-        return {DIFF: dense.narrow(0, first, length).contiguous()}
+    by_row = _by_row(parts, all_rows=False)
+    if by_row is None:
+        parts = _as_difference(parts, shape)
+        by_row = set(parts)
     return {
         part: tensor.narrow(0, first, length).contiguous() if part in by_row else tensor
         for part, tensor in parts.items()
     }
+
+
+def _as_difference(parts: Mapping[str, Tensor], shape: _Shape | None) -> dict[str, Tensor]:
+    bias = {part: tensor for part, tensor in parts.items() if part == DIFF_B}
+    rest = {part: tensor for part, tensor in parts.items() if part != DIFF_B}
+    return ({DIFF: _dense([Piece(rest)], shape)} if rest else {}) | bias
+
+
+def _parts_with_norms(pieces: Sequence[Piece]) -> bool:
+    """Whether they are DoRAs of pairs with norms per row."""
+    kept = _PAIR | {SCALE}
+    return all(p.parts.keys() <= kept and SCALE in p.parts and p.parts[SCALE].shape[1:].numel() == 1 for p in pieces)
 
 
 def _stacked(pieces: Sequence[Piece], shape: _Shape | None) -> dict[str, Tensor]:

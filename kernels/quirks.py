@@ -2,6 +2,7 @@
 
 * ``damage``: why a tensor cannot be part of any adapter.
 * ``normalised``: one layer's parts under the names and with the values that ``registry.read_adapter`` takes.
+* ``as_peft_turns``: PEFT's OFT on convolutions, which turns the other way; there and back.
 * ``across_layers``: what concerns several layers: VeRA's matrices, stored once, and BFL's wider input.
 
 Each rule says whose files need it. Whatever changes the meaning of a number is told in ``notes``.
@@ -10,21 +11,23 @@ Each rule says whose files need it. Whatever changes the meaning of a number is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapter import low_rank_scale
 from .control import SET_WEIGHT, WIDTH
 from .lora import DOWN, UP
 from .metadata import json_object
-from .peft_config import Configs
+from .peft_config import WRAPPER, Configs
 from .spellings import TOKENS_DOWN, TOKENS_UP, UP_BIAS, VERA_A, VERA_B
 
 _SCALARS = frozenset({"alpha", "scalar"})
 _COUNTS = frozenset({"on_input", WIDTH, "oft_R.scaled_oft"})  # whole numbers and truth values
+_OFT = "oft_R.weight"
 _FULL_LOKR = ("lokr_w1", "lokr_w2")
 
 
@@ -62,10 +65,14 @@ def across_layers(layers: Iterable[Layer]) -> list[Layer]:
     users = [layer for layer in layers if "vera_lambda_b" in layer.parts]
     if users:
         layers = [layer for layer in layers if layer.parts.keys() - projections]
+    common: dict[str, tuple[Tensor, str]] = {}
+    for layer in shared:
+        for part, tensor in layer.parts.items():
+            common.setdefault(part, (tensor, layer.keys[part]))
     for layer in users:  # PEFT keeps vera_A and vera_B once, cut to the layer's size when they are used
-        for common in shared:
-            layer.parts.update({part: layer.parts.get(part, tensor) for part, tensor in common.parts.items()})
-            layer.keys.update({part: layer.keys.get(part, key) for part, key in common.keys.items()})
+        for part, (tensor, key) in common.items():
+            layer.parts.setdefault(part, tensor)
+            layer.keys.setdefault(part, key)
     if any(SET_WEIGHT in layer.parts for layer in layers):  # a control LoRA of BFL: made for a model with more inputs
         for layer in layers:
             if layer.name == "img_in" and {DOWN, UP} <= layer.parts.keys() and layer.parts[DOWN].ndim == 2:
@@ -83,19 +90,34 @@ def normalised(layer: Layer, configs: Configs, metadata: Mapping[str, str], note
     _with_configured_scale(layer.name, parts, configs, notes)
     if "loom.dialect" not in metadata and "loom.recipe" not in metadata:  # not written by this pack
         _as_meant_by_lycoris(parts, metadata, notes)
-    if "oft_R.weight" in parts:
+    if _OFT in parts:
         _check_rotation(configs.of(layer.name)[0])
     scalar = parts.pop("scalar", None)
     if scalar is not None:  # LyCORIS' learnt scale, which it puts into a factor before it saves
         _note(notes, "a scalar is stored apart from the factors; LyCORIS puts it into them, so it was left out")
     if UP_BIAS in parts:  # PEFT's lora_bias, BFL: behind the up projection
-        scale = float(parts["alpha"]) / len(parts[DOWN]) if "alpha" in parts and DOWN in parts else 1.0
-        parts["diff_b"] = parts.pop(UP_BIAS) * scale
+        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        bias = parts.pop(UP_BIAS) * (low_rank_scale(alpha, len(parts[DOWN])) if DOWN in parts else 1.0)
+        parts["diff_b"] = bias + parts["diff_b"].reshape(bias.shape) if "diff_b" in parts else bias
     if "alpha" in parts and math.isinf(float(parts["alpha"])):
         _note(notes, "an infinite alpha (ai-toolkit's full-rank LoKr in float16) was read as alpha = rank")
     keys = {part: layer.keys.get(part, next(iter(layer.keys.values()))) for part in parts}
     keys |= {part: key for part, key in layer.keys.items() if part not in keys}
     return Layer(layer.name, parts, keys)
+
+
+def as_peft_turns(parts: dict[str, Tensor], shape: Sequence[int] | None) -> dict[str, Tensor]:
+    """``parts`` for a weight of ``shape``. Raises ValueError for what PEFT does that no weight can do."""
+    if _OFT not in parts or shape is None or len(shape) < 3:
+        return parts
+    if math.prod(shape[2:]) > 1:
+        raise ValueError("PEFT's OFT turns overlapping patches of a convolution's input, which no weight can do")
+    return parts | {_OFT: -parts[_OFT]}
+
+
+def of_peft(layer: Layer, configs: Configs) -> bool:
+    """Whether PEFT wrote it, as far as the file tells."""
+    return layer.name.startswith(WRAPPER) or "peft_type" in configs.of(layer.name)[0]
 
 
 def _of_one_dtype(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

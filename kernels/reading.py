@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,20 +25,25 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .architectures import guess, has_prefix, in_text_encoder, known, same_base
+from .architectures import encoder_prefix, guess, has_prefix, in_text_encoder, known, same_base
 from .compose import Sliced, Sum, Swapped
 from .control import SET_WEIGHT, WIDTH, Replacement, Widened
+from .dora import PARTS as NORMS
 from .embeddings import take_embeddings
+from .lora import DOWN, UP
 from .names import NameTable, Place
 from .peft_config import Configs, beside
-from .quirks import Layer, across_layers, damage, normalised
-from .registry import read_adapter
+from .quirks import Layer, across_layers, as_peft_turns, damage, normalised, of_peft
+from .registry import FAMILIES, read_adapter
 from .safetensors_io import LoraModel, load_tensors
 from .spellings import BOOKKEEPING, split
 
 WRONG_BASE, NO_ENCODER, SHAPE, PREFIX = "wrong base", "text encoder absent", "shape", "prefix"
 DUPLICATE, INCOMPLETE, DAMAGED, UNKNOWN = "duplicate", "incomplete", "damaged", "unknown"
 _FAULTS = (ValueError, RuntimeError, IndexError)  # what tensors of impossible shapes lead to
+_SHARED = frozenset({"alpha", *NORMS})  # what is nothing alone
+_COMPLETE = frozenset().union(*(family.marks for family in FAMILIES.values() if "alpha" in family.parts))
+_FACTOR = re.compile("lora_[AB]|down|up")
 
 
 class Unplaced(NamedTuple):
@@ -79,7 +85,8 @@ def read_lora(
     name = "the adapter"
     if not isinstance(source, Mapping):
         name = Path(source).name
-        metadata = beside(source) | metadata
+        if "loom.dialect" not in metadata:  # such files have it inside; what lies beside may be left from another
+            metadata = beside(source) | metadata
     table = targets if isinstance(targets, NameTable) or targets is None else NameTable(targets)
     reader = _Reader(table, metadata)
     reader.read(model)
@@ -110,17 +117,17 @@ class _Reader:
         self.evidence = ""
         self.embeddings: dict[str, dict[str, Tensor]] = {}
         self._found: dict[str, list[tuple[Adapter, Layer]]] = defaultdict(list)
+        self._looked_at: dict[tuple[str, str], str | None] = {}
 
     def read(self, model: LoraModel) -> None:
         self.embeddings, rest = take_embeddings(model, self.metadata)
         layers = self._layers(rest)
         self.architecture, self.evidence = guess({layer.name: layer.parts for layer in layers}, self.metadata)
-        if self.configs.refused:
-            self.notes.append(f"patterns of adapter_config not followed: {', '.join(self.configs.refused)[:300]}")
+        self.notes += self.configs.warnings()
         for layer in across_layers(layers):
-            fault = next(((part, why) for part, tensor in layer.parts.items() if (why := damage(part, tensor))), None)
+            fault = next(filter(None, (self._damage(part, layer) for part in layer.parts)), None)
             if fault:
-                self._leave(layer, DAMAGED, f"{fault[0]} {fault[1]}")
+                self._leave(layer, DAMAGED, fault)
                 continue
             try:
                 layer = normalised(layer, self.configs, self.metadata, self.notes)
@@ -128,6 +135,9 @@ class _Reader:
                 self._leave(layer, INCOMPLETE, str(error))
                 continue
             self._place(layer)
+        if self.configs.refused:
+            refused = ", ".join(dict.fromkeys(self.configs.refused))[:300]
+            self.notes.append(f"patterns of adapter_config not followed: {refused}")
         for path, found in self._found.items():
             self.adapters[path] = self._together(found)
         if self.architecture is None and self.adapters and self.table is not None and self.table.architecture:
@@ -147,12 +157,20 @@ class _Reader:
                 continue
             copies = layers.setdefault(name, {}).setdefault(adapter, [])
             # the same part once more, in another spelling: another adapter on the layer
-            free = next((layer for layer in copies if part not in layer.parts), None)
+            free = next((layer for layer in copies if part not in layer.parts and _alike(layer, part, key)), None)
             if free is None:
                 free = Layer(name, {}, {})
                 copies.append(free)
             free.parts[part], free.keys[part] = tensor, key
         return [layer for named in layers.values() for layer in _with_common(named)]
+
+    def _damage(self, part: str, layer: Layer) -> str | None:
+        """What is wrong with a part; looked at once, however many layers share it."""
+        key = layer.keys.get(part, part)
+        if (part, key) not in self._looked_at:
+            why = damage(part, layer.parts[part])
+            self._looked_at[part, key] = why and f"{part} {why}"
+        return self._looked_at[part, key]
 
     def _place(self, layer: Layer) -> None:
         """Read one layer's adapter and keep it for its path, or say why not."""
@@ -169,6 +187,8 @@ class _Reader:
         if place.slice is not None and shape is not None:
             shape = (place.slice[2], *shape[1:])
         try:
+            if of_peft(layer, self.configs):
+                layer = replace(layer, parts=as_peft_turns(layer.parts, shape))
             adapter, left = _read(layer, shape)
             if place.swapped:
                 adapter = Swapped(adapter)
@@ -197,6 +217,8 @@ class _Reader:
         assert self.table is not None
         if in_text_encoder(name) and not self.table.text.paths:
             return NO_ENCODER, "belongs to a text encoder, and there is none among the targets"
+        if in_text_encoder(name) and not self.table.text.has(encoder_prefix(name)):
+            return NO_ENCODER, "belongs to a text encoder that is not among the targets"
         other, here = self.architecture, self.table.architecture
         if not same_base(other, here):
             return WRONG_BASE, f"was made for {other} ({self.evidence}); the model is {here}"
@@ -212,15 +234,29 @@ class _Reader:
         self.unplaced.append(Unplaced(key, reason, detail))
 
 
+def _alike(layer: Layer, part: str, key: str) -> bool:
+    """Whether a factor is spelled as the other of its pair, if that is there."""
+    other = {DOWN: UP, UP: DOWN}.get(part)
+    if other not in layer.keys:
+        return True
+    ends = (_FACTOR.sub("", spelled.removeprefix(layer.name)) for spelled in (key, layer.keys[other]))
+    return len(set(ends)) == 1
+
+
 def _with_common(named: Mapping[str, list[Layer]]) -> Iterable[Layer]:
-    """The adapters of a layer; what has no adapter's name of its own (alpha, norms) belongs to those that have one."""
+    """The adapters of a layer; an alpha or norms without an adapter's name belong to all that have one."""
     unnamed, others = named.get("", []), [layer for name, found in named.items() if name for layer in found]
-    if not others or not unnamed or len(unnamed) > 1 or any(layer.parts.keys() & unnamed[0].parts for layer in others):
+    if not others or len(unnamed) != 1 or any(layer.parts.keys() & unnamed[0].parts for layer in others):
         return [*unnamed, *others]
-    for layer in others:
-        layer.parts.update(unnamed[0].parts)
-        layer.keys.update(unnamed[0].keys)
-    return others
+    if len(others) == 1:
+        return [Layer(others[0].name, others[0].parts | unnamed[0].parts, others[0].keys | unnamed[0].keys)]
+    rest = Layer(unnamed[0].name, dict(unnamed[0].parts), dict(unnamed[0].keys))
+    if not rest.parts.keys() & _COMPLETE:
+        for part in _SHARED & rest.parts.keys():
+            tensor, key = rest.parts.pop(part), rest.keys.pop(part)
+            for layer in others:
+                layer.parts[part], layer.keys[part] = tensor, key
+    return [rest, *others] if rest.parts else others
 
 
 def _read(layer: Layer, shape: tuple[int, ...] | None) -> tuple[Adapter, Iterable[str]]:

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from .adapter import Adapter
-from .architectures import has_prefix
+from .architectures import has_prefix, in_text_encoder
 from .blocks import MODEL_PREFIX
 from .control import SET_WEIGHT
 from .dora import SCALE
@@ -30,6 +30,7 @@ from .lora import DOWN, UP
 from .names import NameTable, Place
 from .peft_config import CONFIG, DIFFUSERS_CONFIG, WRAPPER, config_json
 from .pieces import DIFF_B, Piece, as_one, exchanged, folded, on_rows, pieces_of
+from .quirks import as_peft_turns
 from .reading import LoRAFile
 from .safetensors_io import LoraModel, checked_path, replace_file, save_tensors
 
@@ -86,6 +87,8 @@ def to_tensors(file: LoRAFile, dialect: str = "native") -> LoraModel:
     for path, adapter in file.adapters.items():
         try:
             for name, parts in _named(path, adapter, file.names, dialect):
+                if DIALECTS[dialect].peft:
+                    parts = as_peft_turns(parts, adapter.shape)
                 if name in layers:
                     raise ValueError(f"is called {name} in {dialect} files, like another layer")
                 layers[name] = parts
@@ -126,8 +129,11 @@ def _named(path: str, adapter: Adapter, table: NameTable | None, dialect: str) -
 
 
 def _parts_at(place: Place, pieces: list[Piece], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    parts = as_one(pieces, shape) if place.slice is None else on_rows(pieces, place.slice[1:], shape)
-    return exchanged(parts) if place.swapped and parts else parts
+    if place.slice is None:
+        parts = as_one(pieces, shape)
+    else:
+        parts, shape = on_rows(pieces, place.slice[1:], shape), (place.slice[2], *shape[1:])
+    return exchanged(parts, shape) if place.swapped and parts else parts
 
 
 def _places(path: str, table: NameTable, dialect: str) -> list[tuple[str, Place]]:
@@ -150,7 +156,7 @@ def _spelled(name: str, text: bool, table: NameTable, path: str, dialect: str) -
 
 def _raw_name(name: str, dialect: str) -> str:
     """Names as they stood in a file, which only the model itself can translate."""
-    flat = has_prefix(name) and "." not in name
+    flat = (has_prefix(name) or in_text_encoder(name)) and "." not in name
     if DIALECTS[dialect].peft and flat:
         raise ValueError(f"only the model tells what it is called in {dialect} files")
     return name
@@ -164,12 +170,15 @@ def _as_peft(
     components: set[str] = set()
     kinds: set[str] = set()
     ranks: dict[str, int] = {}
+    normed: dict[str, bool] = {}
     for name, parts in layers.items():
         mark, kind, factor, names = _kind(name, parts, dialect)
         kinds.add(kind)
         parts = folded(parts, factor) if factor else dict(parts)
         component = next((prefix for prefix in _COMPONENTS if name.startswith(prefix)), "")
         components.add(component)
+        if normed.setdefault(component, SCALE in parts) != (SCALE in parts):
+            raise ValueError(f"{name}: {dialect} files have DoRA on all of its layers or on none")
         inside = name.removeprefix(component)
         if SCALE in parts:
             parts[SCALE] = _magnitude(name, parts)

@@ -8,13 +8,20 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from adapter_files import flux, lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import check, good_files, mutated, peak_bytes
 
+from adapter_files import flux, lora
 from lora_loom.kernels.reading import read_lora
-from lora_loom.kernels.safetensors_io import MAX_ENTRIES, MAX_HEADER, load_tensors, read_metadata, save_tensors
+from lora_loom.kernels.safetensors_io import (
+    MAX_ENTRIES,
+    MAX_HEADER,
+    LoraModel,
+    load_tensors,
+    read_metadata,
+    save_tensors,
+)
+from mutations import check, good_files, mutated, peak_bytes
 
 LONG = 60_000
 TARGETS = {"one": (6, 4), "two": (6, 4)}
@@ -151,6 +158,41 @@ def test_a_hundred_thousand_keys(tmp_path):
     assert file.adapters.keys() == {"diffusion_model.double_blocks.0.txt_attn.qkv"}
     without = read_lora(path)
     assert len(without.unplaced) == len(keys) - 2 - 2 * 500 + 2 * 499  # copies of one adapter
+
+
+def seconds(act):
+    began = time.process_time()
+    act()
+    return time.process_time() - began
+
+
+@pytest.mark.parametrize("pattern", [".*a.*{}b", "a{}"])
+def test_patterns_of_a_configuration_take_bounded_time(pattern):
+    """Each of them is harmless, on names that are short; a file need not have such names."""
+    names = [f"{n}." + "a." * 3000 + "x" for n in range(40)]
+    tensors = {key: value for name in names for key, value in lora(name, (6, 4), 4, None, ".lora_A", ".lora_B").items()}
+    patterns = {pattern.format(n): 3 for n in range(3000)}
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": patterns}
+    model = LoraModel(tensors, {"adapter_config": json.dumps(config)})
+    files = []
+    assert seconds(lambda: files.append(read_lora(model))) < 20
+    assert len(files[0].adapters) == len(names) and any("not followed" in note for note in files[0].notes)
+
+
+def test_a_rank_for_every_layer_takes_no_time():
+    names = [f"blocks.{n}.attn.to_q" for n in range(1000)]
+    tensors = {key: value for name in names for key, value in lora(name, (6, 4), 4, None, ".lora_A", ".lora_B").items()}
+    config = {"r": 4, "lora_alpha": 4, "alpha_pattern": {f"^{name}": 8 for name in names}}
+    model = LoraModel(tensors, {"adapter_config": json.dumps(config)})
+    files = []
+    assert seconds(lambda: files.append(read_lora(model))) < 5
+    assert {adapter.alpha for adapter in files[0].adapters.values()} == {8.0}
+
+
+def test_shared_matrices_in_great_number():
+    keys = {f"s{n}.vera_A": torch.ones(1, 4) for n in range(8000)}
+    keys |= {f"u{n}.vera_lambda_b": torch.ones(4) for n in range(8000)}
+    assert seconds(lambda: read_lora(keys)) < 20
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,44 @@ def test_peft_reads_ours(kind, tmp_path):
     torch.testing.assert_close(restored.eval()(X), wanted, rtol=2e-4, atol=2e-4)
 
 
+class Points(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.point, self.conv = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 6, 3)
+
+    def forward(self, x):
+        return self.point(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pefts_rotations_of_convolutions(tmp_path):
+    """1×1 ones turn as linear layers do; of others PEFT turns overlapping patches, which no weight does."""
+    torch.manual_seed(0)
+    module = Points().requires_grad_(False)
+    shapes, state = shapes_of(module), {key: value.clone() for key, value in module.state_dict().items()}
+    config = peft.OFTConfig(r=0, oft_block_size=4, target_modules=["point", "conv"])
+    model = peft.get_peft_model(module, config).eval()
+    randomise([p for name, p in model.named_parameters() if "oft_R" in name])
+    wanted = model(X)
+    model.save_pretrained(tmp_path)
+    file = read_lora(tmp_path / "adapter_model.safetensors", shapes)
+    assert {item.key for item in file.unplaced} == {"base_model.model.conv.oft_R.weight"}
+    assert "overlapping patches" in file.unplaced[0].detail
+    plain = Points().requires_grad_(False)
+    plain.load_state_dict(state)
+    changed = {"point.weight": file.adapters["point"].merged(plain.point.weight)}
+    torch.testing.assert_close(torch.func.functional_call(plain, changed, (X,)), wanted, rtol=2e-4, atol=2e-4)
+    ours = LoRAFile(file.adapters, names=NameTable(shapes))
+    path = write_lora(ours, tmp_path / "ours" / "adapter_model.safetensors", "peft")
+    theirs = peft.PeftModel.from_pretrained(plain, path.parent).eval()
+    torch.testing.assert_close(theirs(X), wanted, rtol=2e-4, atol=2e-4)
+    again = read_lora(path, shapes)
+    torch.testing.assert_close(again.adapters["point"].tensors, file.adapters["point"].tensors)
+    rotations = read_lora({"conv.oft_R.weight": torch.randn(18, 6)}, shapes)
+    with pytest.raises(ValueError, match="conv: PEFT's OFT turns overlapping patches"):
+        write_lora(LoRAFile(rotations.adapters, names=NameTable(shapes)), tmp_path / "conv.safetensors", "peft")
+
+
 # ---------------------------------------------------------------- diffusers
 
 

@@ -1,12 +1,14 @@
 """The reader: every dialect, what adds up, what finds no place and why, what is put right and told."""
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
-from adapter_files import CLIP, CONV, KEY, PREFIX, close, flux, lora, pair, product, unet
 
+from adapter_files import CLIP, CONV, KEY, PREFIX, close, flux, lora, pair, product, unet
+from lora_loom.kernels.architectures import same_base
 from lora_loom.kernels.compose import Sliced, Sum
 from lora_loom.kernels.reading import (
     DAMAGED,
@@ -77,6 +79,29 @@ def test_text_encoders(name):
     assert without.adapters.keys() == {PREFIX + KEY}
     assert {item.reason for item in without.unplaced} == {NO_ENCODER}
     assert {item.key for item in without.unplaced} == {key for key in keys if key.startswith(name)}
+
+
+T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q"
+T5_PATH = "t5xxl.transformer." + T5_LAYER
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("clip_l." + CLIP_LAYER, CLIP_PATH), ("t5." + T5_LAYER, T5_PATH), ("t5xxl." + T5_LAYER, T5_PATH)],
+)
+def test_text_encoders_by_their_own_names(name, wanted):
+    """OneTrainer's earlier files, and those without a prefix."""
+    file = read_lora(lora(name, (6, 6)), CLIP | {T5_PATH: (6, 6)})
+    assert file.adapters.keys() == {wanted}
+    assert {item.reason for item in read_lora(lora(name, (6, 6)), unet()).unplaced} == {NO_ENCODER}
+
+
+@pytest.mark.parametrize("name", ["lora_te2_" + CLIP_LAYER.replace(".", "_"), "text_encoder_2." + CLIP_LAYER])
+def test_one_of_two_text_encoders_is_absent(name):
+    keys = lora("lora_te1_" + CLIP_LAYER.replace(".", "_"), (6, 6)) | lora(name, (6, 6))
+    file = read_lora(keys, unet() | CLIP)
+    assert file.adapters.keys() == {CLIP_PATH}
+    assert {item.reason for item in file.unplaced} == {NO_ENCODER}
 
 
 def test_convolutions_and_points():
@@ -264,12 +289,25 @@ def test_what_differs_in_more_than_its_numbers_is_no_copy():
     assert not file.unplaced and isinstance(file.adapters[PREFIX + KEY], Sum)
 
 
-def test_two_spellings_of_parts_add_up():
+@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+def test_two_spellings_of_parts_add_up(order):
+    """Each factor goes with the one that is spelled alike, wherever it stands in the file."""
     name = "unet." + DIFFUSERS
-    keys = lora(name, SHAPE_OF) | lora(name, SHAPE_OF, 3, None, A, B, seed=1)
-    file = read_lora(keys, unet())
+    keys = list((lora(name, SHAPE_OF) | lora(name, SHAPE_OF, 2, None, A, B, seed=1)).items())
+    file = read_lora(dict(keys[n] for n in order), unet())
     assert not file.unplaced
-    assert close(file.adapters[PREFIX + KEY], SHAPE_OF, product(*pair(SHAPE_OF)) + product(*pair(SHAPE_OF, 3, 1)))
+    assert close(file.adapters[PREFIX + KEY], SHAPE_OF, product(*pair(SHAPE_OF)) + product(*pair(SHAPE_OF, 2, 1)))
+
+
+def test_a_difference_beside_named_adapters_counts_once():
+    name = "base_model.model." + DIFFUSERS
+    keys = lora(name, SHAPE_OF, 2, None, ".lora_A.one.weight", ".lora_B.one.weight")
+    keys |= lora(name, SHAPE_OF, 3, None, ".lora_A.two.weight", ".lora_B.two.weight", seed=1)
+    file = read_lora(keys | {name + ".diff": torch.ones(SHAPE_OF), name + ".diff_b": torch.ones(6)}, unet())
+    adapter = file.adapters[PREFIX + KEY]
+    assert not file.unplaced
+    assert close(adapter, SHAPE_OF, product(*pair(SHAPE_OF)) + product(*pair(SHAPE_OF, 3, 1)) + 1)
+    assert torch.equal(adapter.merged_bias(torch.zeros(6)), torch.ones(6))
 
 
 def test_a_pair_and_a_difference_add_up():
@@ -295,7 +333,7 @@ def one_reason(keys, targets, reason, detail=""):
 
 
 def test_another_base_model():
-    file = read_lora(lora("lora_unet_" + FLAT, (640, 768)), flux())
+    file = read_lora(lora("lora_unet_" + FLAT.replace("attn1", "attn2"), (640, 768)), flux())
     assert not file.adapters
     assert file.architecture == "sd1"
     assert {item.reason for item in file.unplaced} == {WRONG_BASE}
@@ -373,6 +411,16 @@ def test_peft_keeps_alpha_in_its_configuration(config, scale):
     assert bool(file.notes) == (scale != 1)
 
 
+@pytest.mark.parametrize(
+    ("start", "told"), [("pissa_niter_4", True), ("olora", True), ("eva", False), (["pissa"], False)]
+)
+def test_a_beginning_taken_out_of_the_base_is_told(start, told):
+    keys = lora("base_model.model." + DIFFUSERS, SHAPE_OF, 4, None, A, B)
+    config = PEFT_CONFIG | {"lora_alpha": 4, "init_lora_weights": start}
+    file = read_lora(LoraModel(keys, {"adapter_config": json.dumps(config)}), unet())
+    assert any("out of the base model" in note for note in file.notes) == told == bool(file.notes)
+
+
 @pytest.mark.parametrize("pattern", ["(a+)+$", ".*.*.*x", "a{9999}", "[", "(?R)", "\\"])
 def test_patterns_that_could_take_for_ever_are_not_followed(pattern):
     config = PEFT_CONFIG | {"alpha_pattern": {pattern: 3}}
@@ -407,6 +455,15 @@ def test_a_bias_behind_the_product_is_scaled_with_it():
     file = read_lora(LoraModel(keys, {"adapter_config": json.dumps(PEFT_CONFIG)}), unet())
     assert not file.unplaced
     assert torch.equal(file.adapters[PREFIX + KEY].merged_bias(torch.zeros(6)), torch.full((6,), 2.0))
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(4.0, 1.0), (1.0, 0.25), (0.0, 1.0), (math.inf, 1.0)])
+def test_two_differences_of_the_bias_add_up(alpha, scale):
+    keys = lora("unet." + DIFFUSERS, SHAPE_OF, 4, alpha, A, B)
+    keys |= {f"unet.{DIFFUSERS}.lora_B.bias": torch.ones(6), f"unet.{DIFFUSERS}.diff_b": torch.full((6,), 10.0)}
+    file = read_lora(keys, unet())
+    assert not file.unplaced
+    assert torch.equal(file.adapters[PREFIX + KEY].merged_bias(torch.zeros(6)), torch.full((6,), 10 + scale))
 
 
 def test_a_table_of_tokens():
@@ -459,7 +516,13 @@ def test_embeddings_that_travel_along():
 @pytest.mark.parametrize(
     ("keys", "metadata", "architecture", "evidence"),
     [
-        (lora(f"unet.{DIFFUSERS}", (640, 640)), {}, "sd1", "nothing tells"),
+        (lora(f"unet.{DIFFUSERS}", (640, 640)), {}, "sd", "nothing tells"),
+        (
+            lora("lora_unet_double_blocks_0_img_attn_qkv", (8, 8)),
+            {"modelspec.architecture": "Chroma/lora"},
+            "chroma",
+            "and modelspec.architecture says",
+        ),
         (lora(f"unet.{DIFFUSERS}", (640, 640)), {"ss_base_model_version": "sd_v2"}, "sd2", "metadata tells"),
         (lora(f"unet.{DIFFUSERS.replace('attn1', 'attn2')}", (640, 1024)), {}, "sd2", "1024"),
         (lora("lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k", (8, 8)), {}, "sdxl", "only SDXL"),
@@ -483,3 +546,34 @@ def test_the_architecture_is_guessed(keys, metadata, architecture, evidence):
     file = read_lora(LoraModel(keys, metadata))
     assert file.architecture == architecture
     assert evidence in file.evidence
+
+
+@pytest.mark.parametrize(
+    ("guessed", "table", "same"),
+    [
+        *(("hunyuan_video", other, True) for other in ("hunyuan_video15", "hunyuan_image", "hunyuan_video")),
+        *(("flux", other, True) for other in ("chroma", "flux2", "hunyuan_video", "hunyuan_image")),
+        *(("sd3", other, True) for other in ("flux", "chroma", "qwen_image", "hunyuan_video15")),
+        *(("ltxv", other, True) for other in ("ltxav", "pixart", "mochi", "cosmos2", "anima")),
+        *(("lumina2", "z_image", True), ("z_image", "lumina2", True), ("cascade_c", "cascade_b", True)),
+        *(("cosmos2", "anima", True), ("sd1", "sd", True), ("sd2", "sd", True), ("sd", "sdxl", True)),
+        *(("sdxl", "sdxl_refiner", True), (None, "flux", True), ("flux", None, True)),
+        *(("sdxl", "sd", False), ("sd1", "sdxl", False), ("wan", "flux", False), ("qwen_image", "flux", False)),
+        *(("chroma", "flux", False), ("hunyuan_video", "flux", False), ("sd", "flux", False)),
+    ],
+)
+def test_names_shared_by_several_bases_speak_for_all_of_them(guessed, table, same):
+    assert same_base(guessed, table) is same
+
+
+@pytest.mark.parametrize("names", ["diffusers", "kohya"])
+def test_what_a_base_lacks_is_not_said_to_be_of_another(names):
+    """A file for Chroma looks like one for Flux wherever it has none of the layers that Chroma alone has."""
+    chroma = flux() | {PREFIX + "distilled_guidance_layer.in_proj": (8, 4)}
+    layer, other = {
+        "diffusers": ("transformer.transformer_blocks.1.attn.to_q", "transformer.single_transformer_blocks.7.proj_out"),
+        "kohya": ("lora_unet_double_blocks_1_img_attn_proj", "lora_unet_single_blocks_7_linear2"),
+    }[names]
+    file = read_lora(lora(layer, (8, 8)) | lora(other, (8, 8)), chroma)
+    assert len(file.adapters) == 1
+    assert {item.detail for item in file.unplaced} == {"names a layer that the model does not have"}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import Lent, with_weight
 from torch import nn
 
+from cases import Lent, with_weight
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.compose import Sliced, Sum, Swapped
 from lora_loom.kernels.control import Replacement, Widened

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+
 from adapter_files import CLIP, CONV, KEY, PREFIX, flux, lora, unet
 from cases import CASES, build, randomised
-
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.compose import Sliced, Sum, Swapped
 from lora_loom.kernels.full import Full
@@ -236,3 +236,85 @@ def test_rotations_of_a_fused_layer_are_numbered(tmp_path):
     assert written.keys() == {key.replace("oft_unet", "lora_unet") for key in keys}
     for dialect in ("kohya", "lycoris", "native"):
         same(file, read_lora(write_lora(file, tmp_path / "x.safetensors", dialect), flux()), flux())
+
+
+def test_a_configuration_left_from_another_file_is_not_followed(tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 64}))
+    file = LoRAFile({PREFIX + KEY: random_lora((6, 4))}, names=NameTable(unet()))
+    same(file, read_lora(write_lora(file, path, "diffusers"), unet()), unet())
+
+
+@pytest.mark.parametrize("dialect", ["native", "kohya", "lycoris"])
+def test_control_loras(dialect):
+    """A bias beside a pair that makes its layer wider, and another scale of a norm."""
+    keys = lora("img_in", (8, 10), 4, down=".lora_A.weight", up=".lora_B.weight")
+    keys |= {"img_in.lora_B.bias": torch.randn(8)}
+    keys |= {"double_blocks.0.img_attn.norm.query_norm.scale": torch.randn(4)}
+    file = read_lora(keys, flux())
+    again = read_lora(to_tensors(file, dialect), flux())
+    assert not file.unplaced and not again.unplaced
+    same(file, again, flux())
+
+
+ON_FUSED = ("LoRA", "LoHa", "LoKr", "full", "IA3", "GLoRA", "OFTv2")
+
+
+@pytest.mark.parametrize("dora", ["", "output", "input"])
+@pytest.mark.parametrize("family", ON_FUSED)
+@pytest.mark.parametrize("dialect", ["native", "kohya", "lycoris"])
+def test_families_on_fused_layers(family, dialect, dora):
+    """Trained on a layer as a whole, and held in pieces or with its halves exchanged."""
+    if dora and not FAMILIES[family].dora:
+        return
+    shapes, adapters = flux(), {}
+    for path in (QKV, LINEAR1, MODULATION):
+        cut = dialect == "lycoris" and (path != MODULATION or family == "LoKr")
+        if dora and cut and (dora == "input" or family == "LoKr"):
+            continue  # norms of all rows together, or factors that cannot be cut
+        weight = random_weight(shapes[path]).float()
+        options = Options(2, 1.5, dora=dora, block_size=4)
+        made = make_adapter(family, shapes[path], options, torch.Generator().manual_seed(1), weight)
+        adapters[path] = randomised(made)
+    file = LoRAFile(adapters, names=NameTable(shapes))
+    again = read_lora(to_tensors(file, dialect), shapes)
+    assert not again.unplaced
+    same(file, again, shapes)
+
+
+@pytest.mark.parametrize("family", ["LoHa", "LoKr", "full", "OFTv2"])
+@pytest.mark.parametrize("dialect", ["native", "kohya", "lycoris"])
+def test_halves_exchanged_of_families(family, dialect):
+    """As read from files of diffusers' names."""
+    made = make_adapter(family, (16, 8), Options(2, 1.0, block_size=4), torch.Generator().manual_seed(1))
+    file = LoRAFile({MODULATION: Swapped(randomised(made))}, names=NameTable(flux()))
+    same(file, read_lora(to_tensors(file, dialect), flux()), flux())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dora_on_every_part_of_a_fused_layer(dialect):
+    parts = []
+    for n, rank in enumerate((2, 3, 4)):
+        weight = random_weight((8, 8)).float()
+        options = Options(rank, 1.0, dora="output")
+        made = randomised(make_adapter("LoRA", (8, 8), options, torch.Generator().manual_seed(n), weight))
+        parts.append(Sliced(made, 8 * n, 8, (24, 8)))
+    file = LoRAFile({QKV: Sum([parts[1], parts[2], parts[0]])}, names=NameTable(flux()))
+    same(file, read_lora(to_tensors(file, dialect), flux()), flux())
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "peft"])
+def test_dora_on_some_layers_only_is_refused(dialect):
+    """PEFT and diffusers give norms to every layer of a file that has them on one."""
+    weight = random_weight((6, 4)).float()
+    dora = randomised(make_adapter("LoRA", (6, 4), Options(2, dora="output"), torch.Generator().manual_seed(1), weight))
+    paths = [path for path in unet() if path.endswith(("attn1.to_k", "attn1.to_q"))][:2]
+    file = LoRAFile({paths[0]: dora, paths[1]: random_lora((6, 4))}, names=NameTable(unet()))
+    with pytest.raises(ValueError, match="DoRA on all of its layers or on none"):
+        to_tensors(file, dialect)
+
+
+@pytest.mark.parametrize("name", ["lora_te1_text_model_q", "lora_te_text_model_q"])
+def test_flat_names_of_text_encoders_are_not_translated_without_the_model(name):
+    with pytest.raises(ValueError, match=f"{name}: only the model tells what it is called in diffusers files"):
+        to_tensors(read_lora(lora(name, (6, 4))), "diffusers")
