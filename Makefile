@@ -25,6 +25,7 @@ demo: setup
 	$(RUN) dev/demo.py
 
 bench: setup
+	$(RUN) bench/kernels.py
 	$(RUN) bench/train_step.py
 
 soak: setup

@@ -1,10 +1,13 @@
 """Adapters that the host's own loader applies wrongly: the right values, ours, and the host's error."""
 
+import peft
 import pytest
 import torch
 from comfy.lora import calculate_weight, load_lora
 
+from lora_loom.kernels.reading import read_lora
 from lora_loom.kernels.registry import read_adapter
+from lora_loom.kernels.safetensors_io import load_tensors
 
 STRENGTHS = (1.0, 0.5, -0.7)
 
@@ -300,3 +303,22 @@ def test_glora_of_full_rank_is_no_old_file():
     torch.testing.assert_close(ours.merged(weight), right, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(host, weight + weight @ a2 @ a1 + b2 @ b1, rtol=1e-4, atol=1e-4)
     assert relative(host - weight, right - weight) > 1
+
+
+def test_peft_files_keep_alpha_beside_the_tensors(tmp_path):
+    """PEFT writes alpha into adapter_config.json only; the host takes it for the rank, here four times too strong."""
+    torch.manual_seed(0)
+    base = torch.nn.ModuleDict({"layer": torch.nn.Linear(8, 6, bias=False)})
+    weight = base["layer"].weight.detach().clone()
+    network = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=1, target_modules=["layer"]))
+    with torch.no_grad():
+        network.base_model.model["layer"].lora_B["default"].weight.normal_()
+    network.save_pretrained(tmp_path)
+    right = network.merge_and_unload()["layer"].weight.detach() - weight
+    ours = read_lora(tmp_path / "adapter_model.safetensors")
+    (adapter,) = ours.adapters.values()
+    torch.testing.assert_close(adapter.merged(weight) - weight, right, rtol=1e-4, atol=1e-6)
+    name = "base_model.model.layer"
+    patches = load_lora(load_tensors(tmp_path / "adapter_model.safetensors"), {name: "layer.weight"}, False)
+    host = calculate_weight([(1.0, patches["layer.weight"], 1.0, None, None)], weight.clone(), "layer.weight")
+    torch.testing.assert_close(host - weight, 4 * right, rtol=1e-4, atol=1e-6)
