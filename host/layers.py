@@ -74,7 +74,7 @@ class HostLayer:
         if self.module.bias is None:
             return None
         if self._resident(like):
-            return self.module.bias
+            return self.module.bias.detach()
         with self._cast(like) as (_, bias):
             return None if bias is None else bias.clone()
 

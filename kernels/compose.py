@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from .adapter import Adapter
+from .adapter import Adapter, wide
 from .frozen import FrozenLayer
 from .products import channel_dim
 
@@ -31,7 +31,9 @@ class Sum(Adapter):
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same parts with other values."""
-        return type(self)([part.with_tensors(_below(tensors, n)) for n, part in enumerate(self.parts)])
+        other = super().with_tensors(tensors)
+        other.parts = tuple(part.with_tensors(_below(tensors, n)) for n, part in enumerate(self.parts))
+        return other
 
     def state(self) -> dict[str, Tensor]:
         return {f"{n}.{key}": tensor for n, part in enumerate(self.parts) for key, tensor in part.state().items()}
@@ -46,9 +48,12 @@ class Sum(Adapter):
         return total
 
     def merged_bias(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
-        for part in self.parts:
-            bias = part.merged_bias(bias, strength)
-        return bias
+        """b + Σ (bᵢ' − b)."""
+        base = None if bias is None else wide(bias)
+        changed = [moved for moved in (part.merged_bias(base, strength) for part in self.parts) if moved is not None]
+        if bias is None or base is None:
+            return sum(changed[1:], changed[0]) if changed else None
+        return sum((moved - base for moved in changed), base).to(bias.dtype)
 
     def parameters(self) -> list[Tensor]:
         return [tensor for part in self.parts for tensor in part.parameters()]
@@ -73,34 +78,38 @@ class Sliced(Adapter):
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same rows with other values."""
-        return type(self)(self.inner.with_tensors(tensors), self.start, self.length, self.shape)
+        other = super().with_tensors(tensors)
+        other.inner = self.inner.with_tensors(tensors)
+        return other
 
     def state(self) -> dict[str, Tensor]:
         return self.inner.state()
 
     def difference(self, weight: Tensor) -> Tensor:
-        rows = self.inner.difference(weight.narrow(0, self.start, self.length))
-        whole = rows.new_zeros(weight.shape)
-        whole.narrow(0, self.start, self.length).copy_(rows)
-        return whole
+        return self._among(self.inner.difference(weight.narrow(0, self.start, self.length)), len(weight))
 
     def contribution(self, x: Tensor, base_out: Tensor, layer: FrozenLayer) -> Tensor:
         channels = channel_dim(layer.geometry) % base_out.ndim
         rows = base_out.narrow(channels, self.start, self.length)
         extra = self.inner.contribution(x, rows, _Rows(layer, self.start, self.length))
-        after = base_out.shape[channels] - self.start - self.length
-        # padding counts from the last dimension
-        pad = [0, 0] * (base_out.ndim - 1 - channels) + [self.start, after]
-        return torch.nn.functional.pad(extra, pad)
+        return self._among(extra, base_out.shape[channels], channels)
 
     def merged_bias(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
-        if bias is None:
-            return None
-        rows = self.inner.merged_bias(bias.narrow(0, self.start, self.length), strength)
-        whole = bias.clone()
-        if rows is not None:
-            whole.narrow(0, self.start, self.length).copy_(rows)
-        return whole
+        own = None if bias is None else bias.narrow(0, self.start, self.length)
+        rows = self.inner.merged_bias(own, strength)
+        if rows is None:
+            return None if bias is None else bias.clone()
+        if bias is not None:
+            return torch.cat([bias[: self.start], rows, bias[self.start + self.length :]])
+        if self.shape is None:
+            raise ValueError("a part of a fused layer brings a bias of its own; how long the layer's is, is not known")
+        return self._among(rows, self.shape[0])
+
+    def _among(self, rows: Tensor, total: int, dimension: int = 0) -> Tensor:
+        """``rows`` in their place among ``total`` along ``dimension``, and zeros."""
+        after = total - self.start - self.length
+        # padding counts from the last dimension
+        return torch.nn.functional.pad(rows, [0, 0] * (rows.ndim - 1 - dimension) + [self.start, after])
 
     def parameters(self) -> list[Tensor]:
         return self.inner.parameters()
@@ -128,7 +137,9 @@ class Swapped(Adapter):
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same with other values."""
-        return type(self)(self.inner.with_tensors(tensors))
+        other = super().with_tensors(tensors)
+        other.inner = self.inner.with_tensors(tensors)
+        return other
 
     def state(self) -> dict[str, Tensor]:
         return self.inner.state()

@@ -30,10 +30,6 @@ class Replacement(Adapter):
         value = value if shape is None else fitted(value, shape, SET_WEIGHT)
         super().__init__({SET_WEIGHT: value}, value.shape)
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same with another value."""
-        return type(self)(tensors[SET_WEIGHT])
-
     def difference(self, weight: Tensor) -> Tensor:
         value = self.tensors[SET_WEIGHT].to(weight.device)
         if value.shape != weight.shape:
@@ -57,8 +53,9 @@ class Widened(Adapter):
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same with other values."""
-        assert self.shape is not None
-        return type(self)(self.inner.with_tensors(tensors), self.shape)
+        other = super().with_tensors(tensors)
+        other.inner = self.inner.with_tensors(tensors)
+        return other
 
     def state(self) -> dict[str, Tensor]:
         assert self.inner.shape is not None

@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from .adapter import Adapter, Additive, wide
 from .frozen import FrozenLayer, frozen
-from .products import per_channel
+from .products import channel_sum, per_channel
 
 SCALE = "dora_scale"
 AXES = ("output", "input")  # of a weight (out, in, *kernel)
@@ -171,13 +171,12 @@ class _Gain(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         z, excess, bias = ctx.saved_tensors
         channels = grad.ndim - excess.ndim
-        positions = [dim for dim in range(grad.ndim) if dim != channels]
         product = grad * z
-        grad_excess = product.sum(positions, dtype=excess.dtype).view(excess.shape)
+        grad_excess = channel_sum(product, channels).view(excess.shape)
         if bias is not None:
-            grad_excess.sub_(grad.sum(positions, dtype=excess.dtype).view(excess.shape).mul_(bias))
+            grad_excess.sub_(channel_sum(grad, channels).view(excess.shape).mul_(bias))
         grad_z = torch.addcmul(grad, grad, excess.to(grad.dtype), out=product) if ctx.needs_input_grad[0] else None
-        return grad_z, grad_excess, None
+        return grad_z, grad_excess.to(excess.dtype), None
 
 
 def _gain(z: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:

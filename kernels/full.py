@@ -22,6 +22,7 @@ from .frozen import FrozenLayer
 from .products import (
     apply_weight,
     channel_dim,
+    channel_sum,
     conv_input_gradient,
     convolve,
     kernel_gradient,
@@ -149,9 +150,7 @@ class _LayerWithDifference(torch.autograd.Function):
                 product = kernel_gradient(grad, x, difference.to(x.dtype), geometry)
             grad_difference = product.to(difference.dtype).view(difference.shape)
         if needs_bias:
-            channels = channel_dim(geometry) % grad.ndim
-            positions = [dim for dim in range(grad.ndim) if dim != channels]
-            grad_bias = grad.sum(positions, dtype=ctx.bias_dtype)
+            grad_bias = channel_sum(grad, channel_dim(geometry)).to(ctx.bias_dtype)
         return grad_x, grad_difference, grad_bias, None
 
 

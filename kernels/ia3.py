@@ -18,8 +18,8 @@ from typing_extensions import Self
 
 from .adapter import Adapter, Options, scalar, wide
 from .frozen import FrozenLayer, frozen
-from .products import channel_dim, per_channel
-from .rotations import channel_sum, input_gradient
+from .products import channel_dim, channel_sum, per_channel
+from .rotations import input_gradient
 
 WEIGHT, ON_INPUT, PEFT = "weight", "on_input", "ia3_l"
 
@@ -152,10 +152,10 @@ class _Scaled(torch.autograd.Function):
         layer, geometry, grad = ctx.layer, ctx.layer.geometry, grad.to(y.dtype)
         grad_x = grad_factors = None
         if ctx.needs_input_grad[1]:
-            grad_factors = channel_sum(grad * y, geometry)
+            grad_factors = channel_sum(grad * y, channel_dim(geometry))
             bias = None if ctx.with_bias else layer.bias(y)
             if bias is not None:
-                grad_factors -= bias * channel_sum(grad, geometry)
+                grad_factors -= bias * channel_sum(grad, channel_dim(geometry))
             grad_factors = grad_factors.to(factors.dtype)
         if ctx.needs_input_grad[0]:
             with layer.weight(y) as weight:
@@ -180,5 +180,5 @@ class _OnScaled(torch.autograd.Function):
         with ctx.layer.weight(x) as weight:
             grad_x = input_gradient(grad.to(x.dtype), x.shape, weight, geometry)
         if ctx.needs_input_grad[1]:
-            grad_factors = channel_sum(grad_x * x, geometry).to(factors.dtype)
+            grad_factors = channel_sum(grad_x * x, channel_dim(geometry)).to(factors.dtype)
         return grad_x.mul_(per_channel(factors.to(x.dtype), geometry)), grad_factors, None

@@ -106,8 +106,11 @@ class LoKr(Additive):
         return 1.0
 
     def halves(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """w1 (o₁, i₁); w2 as (o₂, i₂·kernel), None if full, as (o₂, rank), (rank, i₂·kernel) if of low rank."""
-        parts = self.tensors
+        """w1 (o₁, i₁); w2 as (o₂, i₂·kernel), None if full, as (o₂, rank), (rank, i₂·kernel) if of low rank.
+
+        In float32 or wider.
+        """
+        parts = {name: wide(tensor) for name, tensor in self.tensors.items()}
         w1 = parts[W1] if W1 in parts else parts[W1_A] @ parts[W1_B]
         if W2 in parts:
             return w1, parts[W2].flatten(1), None
@@ -115,24 +118,23 @@ class LoKr(Additive):
             return w1, parts[W2_A].flatten(1), parts[W2_B].flatten(1)
         return w1, parts[W2_A].T, torch.einsum("pq...,qi->pi...", parts[T2], parts[W2_B]).flatten(1)
 
-    def _wide_halves(self) -> tuple[Tensor, Tensor]:
+    def _whole_halves(self) -> tuple[Tensor, Tensor]:
         """s · w1 (o₁, i₁) and w2 (o₂, i₂·kernel)."""
-        widened = self.with_tensors({name: wide(tensor) for name, tensor in self.tensors.items()})
-        w1, outer, inner = widened.halves()
+        w1, outer, inner = self.halves()
         return self.scale * w1, outer if inner is None else outer @ inner
 
     def delta(self) -> Tensor:
         """ΔW (out, in, *kernel) = s · w1 ⊗ w2; (out, in·kernel) where the shape is not known."""
-        delta = torch.kron(*self._wide_halves())
+        delta = torch.kron(*self._whole_halves())
         return delta if self.shape is None else delta.view(self.shape)
 
     def norm(self) -> Tensor:
         """‖w1 ⊗ w2‖ = ‖w1‖ ‖w2‖."""
-        w1, w2 = self._wide_halves()
+        w1, w2 = self._whole_halves()
         return w1.norm() * w2.norm()
 
     def moved_rows(self, weight: Tensor) -> Iterator[Tensor]:
-        w1, w2 = (half.to(weight.device) for half in self._wide_halves())
+        w1, w2 = (half.to(weight.device) for half in self._whole_halves())
         for row, rows in zip(w1, weight.flatten(1).split(len(w2)), strict=True):
             yield wide(rows) + torch.kron(row[None], w2)
 
@@ -144,18 +146,18 @@ class LoKr(Additive):
         inner = None if inner is None else inner.to(x.dtype)
         groups = w1.shape[1]
         if geometry is None:
-            z = x.unflatten(-1, (groups, -1))
+            z = x.unflatten(-1, (groups, x.shape[-1] // groups))
             z = z if inner is None else F.linear(z, inner)
             return F.linear(w1 @ z, outer).flatten(-2)
         kernel = () if self.shape is None else self.shape[2:]
         if geometry.groups > 1 or x.shape[1] % groups:
             return super().contribution(x, base_out, layer)
-        z = x.reshape(len(x) * groups, -1, *x.shape[2:])
+        z = x.reshape(len(x) * groups, x.shape[1] // groups, *x.shape[2:])
         if inner is None:
             y = convolve(_mixed(w1, z), outer.view(len(outer), -1, *kernel), geometry)
         else:
             y = pointwise(outer, _mixed(w1, convolve(z, inner.view(len(inner), -1, *kernel), geometry)))
-        return y.reshape(len(x), -1, *y.shape[2:])
+        return y.reshape(len(x), len(w1) * y.shape[1], *y.shape[2:])
 
     def _on(self, x: Tensor, layer: FrozenLayer) -> Tensor:
         if layer.geometry is None:
@@ -177,7 +179,7 @@ def _mixed(w1: Tensor, groups: Tensor) -> Tensor:
     """Σ w1[o, i] groups[i] for every sample: (N·i₁, *rest) → (N·o₁, *rest)."""
     groups_out, groups_in = w1.shape
     samples = len(groups) // groups_in
-    mixed = torch.bmm(w1.expand(samples, -1, -1), groups.reshape(samples, groups_in, -1))
+    mixed = torch.bmm(w1.expand(samples, -1, -1), groups.reshape(samples, groups_in, math.prod(groups.shape[1:])))
     return mixed.view(samples * groups_out, *groups.shape[1:])
 
 

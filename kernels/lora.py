@@ -98,7 +98,7 @@ class LoRA(Additive):
 
     @property
     def factors(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(self.tensors)
+        return tuple(name for name in self.tensors if name not in self.fixed_parts)
 
     @property
     def rank(self) -> int:

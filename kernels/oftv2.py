@@ -24,7 +24,7 @@ from .adapter import Adapter, Options, wide
 from .dense import dense_contribution, through_weight
 from .frozen import FrozenLayer, frozen
 from .products import channel_dim, per_channel
-from .rotations import Stage, input_gradient, stage_products, turn, turned_stage
+from .rotations import Stage, back_through, input_gradient, turn, turned_stage
 
 WEIGHT, SCALED = "oft_R.weight", "oft_R.scaled_oft"
 
@@ -146,19 +146,17 @@ class _LayerOnTurned(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, packed = ctx.saved_tensors
         layer, (needs_x, needs_packed, *_) = ctx.layer, ctx.needs_input_grad
-        second, grad_x, grad_packed = layer.geometry is not None, None, None
+        second, grad_packed = layer.geometry is not None, None
         with layer.weight(x) as weight:
             grad_turned = input_gradient(grad.to(x.dtype), x.shape, weight, layer.geometry)
         with torch.set_grad_enabled(needs_packed):
             leaf = packed.detach().requires_grad_(needs_packed)
             r = rotation(leaf, ctx.factor, _blocks(x, ctx.size, layer))
         stage = _stage(r.detach(), x, layer)
+        products, _, grad_x = back_through(x, grad_turned, stage, second, False, True)
         if needs_packed:
-            products = stage_products(x, grad_turned, stage, second)
             (grad_packed,) = torch.autograd.grad(r, leaf, (products.mT if second else products).to(r.dtype))
-        if needs_x:
-            grad_x = turned_stage(grad_turned, stage.back, second, True)
-        return grad_x, grad_packed, None, None, None
+        return grad_x if needs_x else None, grad_packed, None, None, None
 
 
 def _blocks(x: Tensor, size: int, layer: FrozenLayer) -> int:

@@ -4,7 +4,7 @@
 * ``apply_weight``, ``convolve``, ``pointwise``: forward; channels are the last dimension of a linear layer's input and
   the second of a convolution's.
 * ``conv_gradients``, ``conv_input_gradient``, ``kernel_gradient``, ``outer``: backward, without autograd.
-* ``per_channel``, ``channel_dim``: vectors over the channels.
+* ``per_channel``, ``channel_dim``, ``channel_sum``: vectors over the channels.
 """
 
 from __future__ import annotations
@@ -40,6 +40,14 @@ def channel_dim(geometry: ConvGeometry | None) -> int:
 def per_channel(vector: Tensor, geometry: ConvGeometry | None) -> Tensor:
     """(channels,) broadcastable over a layer's input or output."""
     return vector if geometry is None else vector.view(-1, *(1 for _ in geometry.stride))
+
+
+def channel_sum(tensor: Tensor, channels: int) -> Tensor:
+    """Sum over all dimensions but ``channels``, float32 or wider."""
+    channels %= tensor.ndim
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    # the dimension in front is for vectors: summed over no dimensions they would be summed over all
+    return tensor[None].sum([0, *(dim + 1 for dim in range(tensor.ndim) if dim != channels)], dtype=dtype)
 
 
 def apply_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry | None) -> Tensor:
@@ -94,7 +102,7 @@ def conv_input_gradient_by_product(shape: torch.Size, geometry: ConvGeometry, *p
     columns = _transposed(weight, grad) @ grad.flatten(2)  # (N, in·kernel, positions)
     for other_grad, other in others:
         columns.baddbmm_(_transposed(other, other_grad), other_grad.flatten(2))
-    if columns.numel() == shape.numel():
+    if is_pointwise(weight, geometry):
         return columns.view(shape)
     return F.fold(columns, shape[2:], weight.shape[2:], geometry.dilation, geometry.padding, geometry.stride)
 

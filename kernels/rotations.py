@@ -26,7 +26,7 @@ from typing_extensions import Self
 from .adapter import Adapter, Options, scalar, wide
 from .dense import dense_contribution, through_weight
 from .frozen import FrozenLayer
-from .products import ConvGeometry, channel_dim, conv_input_gradient, per_channel
+from .products import ConvGeometry, channel_dim, channel_sum, conv_input_gradient, per_channel
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
 WIDTH = 128  # of the blocks that a butterfly's stages are combined to, in channels
@@ -241,7 +241,7 @@ class _TurnedLayer(torch.autograd.Function):
         layer, geometry, second = ctx.layer, ctx.layer.geometry, ctx.layer.geometry is not None
         grad, grad_x, grad_operators, grad_rescale = grad.to(ctx.dtype), None, None, None
         if rescale is not None:
-            grad_rescale = channel_sum(grad * z, geometry).to(rescale.dtype) if needs_rescale else None
+            grad_rescale = channel_sum(grad * z, channel_dim(geometry)).to(rescale.dtype) if needs_rescale else None
             grad = grad * per_channel(rescale.to(grad.dtype), geometry)
         bias = layer.bias(z) if rescale is None else None
         bias = None if bias is None else bias[None].to(operators.dtype)
@@ -253,18 +253,16 @@ class _TurnedLayer(torch.autograd.Function):
         own = _in(ctx.dtype, stages)
         for n in reversed(range(len(stages))):
             reuse = n < len(stages) - 1
+            products, sums, before = back_through(z, grad, own[n], second, bias is not None, reuse)
             if needs_operators:
-                products = stage_products(z, grad, own[n], second).to(operators.dtype)
                 if bias is not None:  # cheaper to take out here than from the output
-                    sums = channel_sum(grad, geometry)[None].to(operators.dtype)
-                    products -= stage_products(bias, sums, own[n], False)
+                    products -= _blocks(bias, own[n], False).mT @ _blocks(sums[None].to(bias.dtype), own[n], False)
                 # what came into the stage is z Rᵀ; its products with the gradients are R times those of z
-                gradients.insert(0, stages[n].r @ products)
+                gradients.insert(0, stages[n].r @ products.to(operators.dtype))
                 if n:
                     z = turned_stage(z, own[n].back, second, reuse)
                     bias = None if bias is None else turned_stage(bias, stages[n].back, False, False)
-            if n or needs_x:
-                grad = turned_stage(grad, own[n].back, second, reuse)
+            grad = before
         if needs_operators:
             (grad_operators,) = torch.autograd.grad([stage.r for stage in exact], leaf, gradients)
         if needs_x:
@@ -283,24 +281,40 @@ def turned_stage(y: Tensor, stage: Stage, second: bool, reuse: bool) -> Tensor:
         return _staged(y, stage, second)
     rows = y.reshape(-1, y.shape[-1])
     out = rows if reuse else torch.empty_like(rows, memory_format=torch.contiguous_format)
-    piece = ROWS if y.device.type == "cpu" else max(1, len(rows))
-    for part, target in zip(rows.split(piece), out.split(piece), strict=True):
+    for part, target in zip(rows.split(_piece(rows)), out.split(_piece(out)), strict=True):
         target = _spread(target, stage)
         target.copy_(torch.bmm(_blocks(part, stage, second), stage.r).view(target.shape))
     return out.view(y.shape)
 
 
-def stage_products(y: Tensor, grad: Tensor, stage: Stage, second: bool) -> Tensor:
-    """Σ over samples and positions of yᵀ grad, for every block of a stage: (blocks, n, n)."""
-    y, grad = _blocks(y, stage, second), _blocks(grad, stage, second)
-    return (y @ grad.mT).sum(0) if second else torch.bmm(y.mT, grad)
+def back_through(
+    y: Tensor, grad: Tensor, stage: Stage, second: bool, summed: bool, reuse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ yᵀ grad over samples and positions per block (blocks, n, n), Σ grad (channels,), grad Sᵀ), without autograd.
+
+    The first two in float32 or wider, the second only if ``summed``; ``reuse``: grad may be overwritten.
+    """
+    if second:
+        sums = channel_sum(grad, 1) if summed else grad.new_empty(0)
+        products = (_blocks(y, stage, True) @ _blocks(grad, stage, True).mT).sum(0)
+        return wide(products), sums, _staged(grad, stage.back, True)
+    rows = grad.reshape(-1, grad.shape[-1])
+    out = rows if reuse else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    products = torch.zeros_like(stage.r, dtype=torch.promote_types(grad.dtype, torch.float32))
+    sums = products.new_zeros(rows.shape[1])
+    for part, own, target in zip(*(t.split(_piece(t)) for t in (rows, y.reshape(rows.shape), out)), strict=True):
+        blocks = _blocks(part, stage, False)
+        products += torch.bmm(_blocks(own, stage, False).mT, blocks)
+        if summed:
+            sums += channel_sum(part, -1)
+        target = _spread(target, stage)
+        target.copy_(torch.bmm(blocks, stage.r.mT).view(target.shape))
+    return products, sums, out.view(grad.shape)
 
 
-def channel_sum(tensor: Tensor, geometry: ConvGeometry | None) -> Tensor:
-    """Sum over all but the channels: (channels,), float32 or wider."""
-    channels = channel_dim(geometry) % tensor.ndim
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.sum([dim for dim in range(tensor.ndim) if dim != channels], dtype=dtype)
+def _piece(rows: Tensor) -> int:
+    """How many rows to work on at once: those that stay in a CPU's cache, all of them elsewhere."""
+    return ROWS if rows.device.type == "cpu" else max(1, len(rows))
 
 
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: ConvGeometry | None) -> Tensor:
@@ -317,11 +331,11 @@ def _staged(y: Tensor, stage: Stage, second: bool) -> Tensor:
     if second:
         blocks = r.mT @ blocks
         if far > 1:
-            blocks = blocks.view(len(y), -1, far, groups, part, blocks.shape[-1]).transpose(2, 3)
+            blocks = blocks.view(len(y), len(r) // far, far, groups, part, blocks.shape[-1]).transpose(2, 3)
     else:
         blocks = torch.bmm(blocks, r)
         if far > 1:
-            blocks = blocks.view(-1, far, blocks.shape[1], groups, part).permute(2, 0, 3, 1, 4)
+            blocks = blocks.view(len(r) // far, far, blocks.shape[1], groups, part).permute(2, 0, 3, 1, 4)
         else:
             blocks = blocks.transpose(0, 1)
     return blocks.reshape(y.shape)
@@ -332,16 +346,17 @@ def _blocks(y: Tensor, stage: Stage, second: bool) -> Tensor:
     far, groups, size = stage.far, stage.groups, stage.r.shape[-1]
     if not second:
         rows = y.reshape(-1, y.shape[-1])
-        return _spread(rows, stage).reshape(-1, len(rows), size)
+        return _spread(rows, stage).reshape(rows.shape[1] // size, len(rows), size)
     samples, channels, positions = len(y), y.shape[1], math.prod(y.shape[2:])
     if far > 1:
-        y = y.reshape(samples, -1, groups, far, size // groups, positions).transpose(2, 3)
+        y = y.reshape(samples, channels // (size * far), groups, far, size // groups, positions).transpose(2, 3)
     return y.reshape(samples, channels // size, size, positions)
 
 
 def _spread(rows: Tensor, stage: Stage) -> Tensor:
     """A view of (rows, channels) as (blocks, rows, n), or (blocks/far, far, rows, groups, n/groups)."""
     far, groups, size = stage.far, stage.groups, stage.r.shape[-1]
+    count = rows.shape[1] // (size * far)
     if far == 1:
-        return rows.view(len(rows), -1, size).transpose(0, 1)
-    return rows.view(len(rows), -1, groups, far, size // groups).permute(1, 3, 0, 2, 4)
+        return rows.view(len(rows), count, size).transpose(0, 1)
+    return rows.view(len(rows), count, groups, far, size // groups).permute(1, 3, 0, 2, 4)

@@ -4,10 +4,10 @@ import types
 
 import pytest
 import torch
-from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from torch import nn
 
 import run_host
+from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels import rotations
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.boft import BOFT, PeftBOFT, butterfly

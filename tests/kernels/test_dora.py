@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, Case, Lent, build, randomised, with_weight
 from torch import nn
 
 import run_host
+from cases import CASES, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.dora import DoRA
 from lora_loom.kernels.lora import DOWN, UP

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CASES, LAYERS, Lent, build, hold_norms, randomised, with_weight
 
+from cases import CASES, LAYERS, LINEARS, Lent, build, hold_norms, randomised, with_weight
 from lora_loom.kernels.adapter import Dropout, Options
 from lora_loom.kernels.registry import FAMILIES, read_adapter
 
@@ -88,6 +88,25 @@ def test_gradients_of_training(case, input_too, monkeypatch):
         assert gradient.any()
 
 
+@trainable_cases
+def test_no_samples_and_a_single_position(case):
+    """Linear layers take a vector; every layer takes a batch of nothing."""
+    module, adapter, x = build(case)
+    adapter, layer = randomised(adapter), Lent(module)
+    inputs = [x[:0], x.flatten(0, -2)[0]] if case.layer in LINEARS else [x[:0]]
+    for some in inputs:
+        leaves = [some.requires_grad_(), *(tensor.requires_grad_() for tensor in adapter.parameters())]
+        y = adapter.on(some, layer)
+        torch.testing.assert_close(y, adapter.branch(some, module(some), layer))
+        gradients = torch.autograd.grad(y.square().sum(), leaves)
+        if len(some):
+            rows = adapter.on(some[None], layer)
+            torch.testing.assert_close(y, rows[0])
+            torch.testing.assert_close(gradients, torch.autograd.grad(rows.square().sum(), leaves))
+        else:
+            assert not any(gradient.any() for gradient in gradients)
+
+
 @every_case
 def test_gradients_of_the_branch(case, monkeypatch):
     module, adapter, x = build(case)
@@ -159,6 +178,20 @@ def test_half_precision_training_keeps_full_precision_gradients(case, half):
     for got, want in zip(*gradients, strict=True):
         assert (got.double() - want).norm() < 0.05 * want.norm() + 1e-6
     assert [gradient.dtype for gradient in gradients[0]] == [half, *(t.dtype for t in adapter.parameters())]
+
+
+@every_case
+@pytest.mark.parametrize("half", (torch.bfloat16, torch.float16))
+def test_a_file_in_half_precision_acts_in_that_of_the_input(case, half):
+    """Nothing is rounded but the numbers in the file."""
+    module, adapter, x = build(case, torch.float32)
+    stored = {n: t.to(half) if t.is_floating_point() else t for n, t in randomised(adapter).state().items()}
+    adapter, _ = read_adapter(stored, tuple(module.weight.shape))
+    exact = adapter.to(dtype=torch.float32)
+    got = adapter.branch(x, module(x), Lent(module))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, exact.branch(x, module(x), Lent(module)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapter.merged(module.weight), exact.merged(module.weight), rtol=1e-4, atol=1e-4)
 
 
 @trainable_cases

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import CONVS, LAYERS, LINEARS, Lent
 from torch import nn
 
+from cases import CONVS, LAYERS, LINEARS, Lent
 from lora_loom.kernels.frozen import frozen_conv, frozen_linear, frozen_other
 
 

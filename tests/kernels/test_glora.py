@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from cases import CASES, Case, Lent, build, randomised, with_weight
 
 import run_host
+from cases import CASES, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels.adapter import Dropout, Options
 from lora_loom.kernels.glora import PARTS, GLoRA
 from lora_loom.kernels.registry import read_adapter

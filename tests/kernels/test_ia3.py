@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from torch import nn
 
 import run_host
+from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.ia3 import IA3, PeftIA3
 from lora_loom.kernels.registry import read_adapter

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from torch import nn
 
 import run_host
+from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels import loha
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.loha import T1, T2, W1_A, W1_B, W2_A, W2_B, LoHa

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from torch import nn
 
 import run_host
+from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.lokr import T2, W1, W1_A, W1_B, W2, W2_A, W2_B, LoKr, split
 

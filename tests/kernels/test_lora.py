@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import CASES, Case, Lent, build, randomised, with_weight
 from torch import nn
 
 import run_host
+from cases import CASES, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels.adapter import Dropout, Options
 from lora_loom.kernels.frozen import frozen_linear
 from lora_loom.kernels.lora import DOWN, DyLoRA, LoRA
@@ -198,3 +198,12 @@ def test_state_is_a_copy():
 def test_factors_of_different_rank_are_refused():
     with pytest.raises(ValueError, match="rank 3 but lora_up has rank 2"):
         LoRA(torch.zeros(3, 5), torch.zeros(4, 2), 1.0)
+
+
+@pytest.mark.parametrize("tucker", (False, True))
+def test_the_fixed_factor_of_lora_fa_is_not_shrunk_either(tucker):
+    adapter = randomised(build(Case("LoRA-FA", "conv2d", Options(3, 2.0, tucker=tucker)))[1])
+    down, norm = adapter.down.clone(), adapter.norm().item()
+    assert adapter.limit_norm(norm / 3)
+    assert torch.equal(adapter.down, down)
+    assert adapter.norm().item() == pytest.approx(norm / 3)

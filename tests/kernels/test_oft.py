@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 
 import run_host
+from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels import rotations
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.compose import Sum

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import CASES, LINEARS, Case, Lent, build, randomised, with_weight
 from torch import nn
 
 import run_host
+from cases import CASES, LINEARS, Case, Lent, build, randomised, with_weight
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.oftv2 import OFTv2
 from lora_loom.kernels.registry import read_adapter

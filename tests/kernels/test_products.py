@@ -15,6 +15,7 @@ GEOMETRIES = {
     "strided": (ConvGeometry((2, 2), (1, 1), (1, 1)), (3, 3)),
     "dilated, uneven": (ConvGeometry((2, 1), (2, 0), (2, 1)), (3, 2)),
     "1×1": (ConvGeometry((1, 1), (0, 0), (1, 1)), (1, 1)),
+    "patches": (ConvGeometry((3, 2), (0, 0), (1, 1)), (3, 2)),  # as many columns as the input has numbers
 }
 
 

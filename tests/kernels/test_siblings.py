@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import Lent, randomised
 from torch import nn
 
+from cases import Lent, randomised
 from lora_loom.kernels.adapter import Dropout, Options
 from lora_loom.kernels.lora import DyLoRA, LoRA
 from lora_loom.kernels.siblings import can_share, on_shared

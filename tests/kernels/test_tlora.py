@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import Lent, with_weight
 from torch import nn
 
 import run_host
+from cases import Lent, with_weight
 from lora_loom.kernels.registry import read_adapter
 from lora_loom.kernels.tlora import LAMBDA, TLoRA
 

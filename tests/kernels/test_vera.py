@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import Lent
 from torch import nn
 
 import run_host
+from cases import Lent
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.registry import make_adapter, read_adapter
 from lora_loom.kernels.vera import VeRA
