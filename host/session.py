@@ -77,6 +77,7 @@ class _Session:
     names: NameTable
     adapters: dict[str, LoRA]
     notes: list[str]
+    recipe: dict[str, Any]
     started: float = field(default_factory=time.time)
 
 
@@ -124,7 +125,7 @@ def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> _Ses
         if request.start_from is not None:
             note = _start_from(adapters, request.start_from, names)
             notes.append("start_from has no effect: the run goes on with its own weights" if run.exists() else note)
-    session = _Session(request, run, patcher, names, adapters, notes)
+    session = _Session(request, run, patcher, names, adapters, notes, _recipe(request))
     _check_run(session)
     return session
 
@@ -296,7 +297,7 @@ def _continue(session: _Session, trainer: Trainer) -> None:
     if not run.exists():
         return
     trainer.restore(run.state())
-    changed = _changes(run.facts()["recipe"], _recipe(session))
+    changed = _changes(run.facts()["recipe"], session.recipe)
     session.notes.append(f"went on with run {run.name!r} after step {trainer.step_number}")
     if changed:
         session.notes.append(f"changed since then, from here on: {', '.join(changed)}")
@@ -315,10 +316,10 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def _recipe(session: _Session) -> dict[str, Any]:
-    dataset = session.request.dataset
+def _recipe(request: Request) -> dict[str, Any]:
+    dataset = request.dataset
     return {
-        **dataclasses.asdict(session.request.plan),
+        **dataclasses.asdict(request.plan),
         "dataset": {
             "fingerprint": dataset.fingerprint(),
             "images": len(dataset.samples),
@@ -342,7 +343,7 @@ def _lora(session: _Session, trainer: Trainer) -> LoraModel:
         conv_alpha=plan.adapter.conv_alpha if plan.adapter.conv_rank else None,
         resolution=dataset.resolution,
         prediction_type=None if prediction.is_flow else prediction.value,
-        recipe=_recipe(session),
+        recipe=session.recipe,
         learning_rate=plan.learning_rate,
         max_train_steps=trainer.total_steps,
         steps=trainer.step_number,
@@ -370,7 +371,7 @@ def _save(session: _Session, trainer: Trainer, complete: bool) -> LoraModel:
     lora = _lora(session, trainer)
     facts = {
         "identity": _identity(session),
-        "recipe": _recipe(session),
+        "recipe": session.recipe,
         "step": trainer.step_number,
         "total": trainer.total_steps,
         "complete": complete,
