@@ -51,6 +51,8 @@ def damage(part: str, tensor: Tensor) -> str | None:
         if tensor.numel() != 1 or tensor.is_complex():
             return f"holds {tensor.numel()} numbers instead of one" if tensor.numel() != 1 else "is complex"
         return "is not a number" if math.isnan(float(tensor)) else None
+    if not tensor.ndim:
+        return "is a single number"
     if not tensor.is_floating_point():
         return f"holds {str(tensor.dtype).removeprefix('torch.')}, not floating point numbers"
     if tensor.element_size() == 1:  # 8-bit floats know no arithmetic

@@ -252,3 +252,16 @@ def test_the_files_that_are_mutated_are_good(place):
             place.write_bytes(mutated(content, random.Random(seed)))
             outcomes.append(check(place, TARGETS))
     assert {"read", "refused"} == set(outcomes)
+
+
+def test_a_number_is_no_factor():
+    state = {
+        "x.lora_A.weight": torch.tensor(1.0),
+        "x.lora_B.weight": torch.ones(6, 2),
+        "x.lora_B.bias": torch.ones(6),
+        "y.lora_A.weight": torch.ones(2, 4),
+        "y.lora_B.weight": torch.ones(6, 2),
+    }
+    file = read_lora(state)
+    assert set(file.adapters) == {"y"}
+    assert "x.lora_A.weight" in {item.key for item in file.unplaced if "single number" in item.detail}
