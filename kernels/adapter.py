@@ -45,6 +45,11 @@ class Options:
     on_input: bool = False  # (IA)³: scale inputs instead of outputs
     bias: bool = False  # full: learn a difference of the bias too; for layers that have one
 
+    @property
+    def scaling_alpha(self) -> float:
+        """What alpha / rank is made of, with rank stabilisation in it, as LyCORIS keeps it in its files."""
+        return self.alpha * (math.sqrt(self.rank) if self.rank_stabilised else 1)
+
 
 @dataclass(frozen=True)
 class Dropout:

@@ -1,6 +1,7 @@
 """Adapters made of adapters.
 
 * ``Sum``: several on one layer; their differences add up.
+* ``Wrapper``: what the following have in common.
 * ``Sliced``: one that belongs to some of the rows of a fused projection (q, k or v of a qkv).
 * ``Swapped``: one made for the weight with the two halves of its rows the other way round.
 """
@@ -65,7 +66,36 @@ class Sum(Adapter):
         return any([part.limit_norm(maximum) for part in self.parts])
 
 
-class Sliced(Adapter):
+class Wrapper(Adapter):
+    """An adapter that is ``inner`` somewhere else; what it holds and trains is what ``inner`` does."""
+
+    def __init__(self, inner: Adapter, shape: Sequence[int] | None) -> None:
+        super().__init__(inner.tensors, shape, inner.alpha)
+        self.inner = inner
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same place with other values."""
+        other = super().with_tensors(tensors)
+        other.inner = self.inner.with_tensors(tensors)
+        return other
+
+    def state(self) -> dict[str, Tensor]:
+        return self.inner.state()
+
+    def parameters(self) -> list[Tensor]:
+        return self.inner.parameters()
+
+    def fast_parameters(self) -> list[Tensor]:
+        return self.inner.fast_parameters()
+
+    def norm(self) -> Tensor:
+        return self.inner.norm()
+
+    def limit_norm(self, maximum: float) -> bool:
+        return self.inner.limit_norm(maximum)
+
+
+class Sliced(Wrapper):
     """``inner`` on rows ``start`` … ``start + length`` of a weight of ``shape``."""
 
     name = "sliced"
@@ -73,17 +103,8 @@ class Sliced(Adapter):
     def __init__(self, inner: Adapter, start: int, length: int, shape: Sequence[int] | None = None) -> None:
         if inner.shape is not None and inner.shape[0] != length:
             raise ValueError(f"this adapter has {inner.shape[0]} rows, its part of the fused layer has {length}")
-        super().__init__(inner.tensors, shape, inner.alpha)
-        self.inner, self.start, self.length = inner, start, length
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same rows with other values."""
-        other = super().with_tensors(tensors)
-        other.inner = self.inner.with_tensors(tensors)
-        return other
-
-    def state(self) -> dict[str, Tensor]:
-        return self.inner.state()
+        super().__init__(inner, shape)
+        self.start, self.length = start, length
 
     def difference(self, weight: Tensor) -> Tensor:
         return self._among(self.inner.difference(weight.narrow(0, self.start, self.length)), len(weight))
@@ -111,20 +132,8 @@ class Sliced(Adapter):
         # padding counts from the last dimension
         return torch.nn.functional.pad(rows, [0, 0] * (rows.ndim - 1 - dimension) + [self.start, after])
 
-    def parameters(self) -> list[Tensor]:
-        return self.inner.parameters()
 
-    def fast_parameters(self) -> list[Tensor]:
-        return self.inner.fast_parameters()
-
-    def norm(self) -> Tensor:
-        return self.inner.norm()
-
-    def limit_norm(self, maximum: float) -> bool:
-        return self.inner.limit_norm(maximum)
-
-
-class Swapped(Adapter):
+class Swapped(Wrapper):
     """``inner`` for P W, where P exchanges the halves of the rows: W' = Pᵀ (P W)' = P (P W)'."""
 
     name = "swapped"
@@ -132,17 +141,7 @@ class Swapped(Adapter):
     def __init__(self, inner: Adapter) -> None:
         if inner.shape is not None and inner.shape[0] % 2:
             raise ValueError(f"{inner.shape[0]} rows have no halves to exchange")
-        super().__init__(inner.tensors, inner.shape, inner.alpha)
-        self.inner = inner
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same with other values."""
-        other = super().with_tensors(tensors)
-        other.inner = self.inner.with_tensors(tensors)
-        return other
-
-    def state(self) -> dict[str, Tensor]:
-        return self.inner.state()
+        super().__init__(inner, inner.shape)
 
     def difference(self, weight: Tensor) -> Tensor:
         return swapped(self.inner.difference(swapped(weight)))
@@ -155,18 +154,6 @@ class Swapped(Adapter):
     def merged_bias(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
         merged = self.inner.merged_bias(None if bias is None else swapped(bias), strength)
         return None if merged is None else swapped(merged)
-
-    def parameters(self) -> list[Tensor]:
-        return self.inner.parameters()
-
-    def fast_parameters(self) -> list[Tensor]:
-        return self.inner.fast_parameters()
-
-    def norm(self) -> Tensor:
-        return self.inner.norm()
-
-    def limit_norm(self, maximum: float) -> bool:
-        return self.inner.limit_norm(maximum)
 
 
 def swapped(tensor: Tensor, dimension: int = 0) -> Tensor:

@@ -8,13 +8,13 @@ Both are merged; a widened layer has no branch, since its input has another widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from .adapter import Adapter, fitted, wide
+from .compose import Wrapper
 from .frozen import FrozenLayer
 from .products import apply_weight, per_channel
 
@@ -42,20 +42,10 @@ class Replacement(Adapter):
         return own - (base_out if bias is None else base_out - per_channel(bias, layer.geometry))
 
 
-class Widened(Adapter):
+class Widened(Wrapper):
     """``inner``, made for a weight with more inputs than the layer's own, which are zero before it acts."""
 
     name = "widened"
-
-    def __init__(self, inner: Adapter, shape: Sequence[int]) -> None:
-        super().__init__(inner.tensors, shape, inner.alpha)
-        self.inner = inner
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same with other values."""
-        other = super().with_tensors(tensors)
-        other.inner = self.inner.with_tensors(tensors)
-        return other
 
     def state(self) -> dict[str, Tensor]:
         assert self.inner.shape is not None

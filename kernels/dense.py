@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .adapter import Adapter, wide
 from .frozen import FrozenLayer
-from .products import apply_weight, conv_input_gradient, kernel_gradient, per_channel
+from .products import apply_weight, input_gradient, per_channel, weight_gradient
 
 
 def through_weight(adapter: Adapter, x: Tensor, layer: FrozenLayer) -> Tensor:
@@ -57,15 +57,9 @@ class _Dense(torch.autograd.Function):
                 change = ctx.adapter.with_tensors(dict(zip(names, leaves, strict=True))).difference(weight)
             if needs_x:
                 used = (change.detach() + weight if ctx.whole else change.detach()).to(x.dtype)
-                if geometry is None:
-                    grad_x = grad @ used.flatten(1)
-                else:
-                    grad_x = conv_input_gradient(grad, x.shape, used, geometry)
+                grad_x = input_gradient(grad, x.shape, used, geometry)
             if trained:
-                if geometry is None:
-                    product = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-                else:
-                    product = kernel_gradient(grad, x, weight, geometry)
+                product = weight_gradient(grad, x, weight, geometry)
                 wanted = [leaves[n] for n in trained]
                 found = torch.autograd.grad(change, wanted, product.to(change.dtype).view(change.shape))
                 for n, gradient in zip(trained, found, strict=True):

@@ -165,7 +165,8 @@ class _Gain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z: Tensor, excess: Tensor, bias: Tensor | None):
         ctx.save_for_backward(z, excess, bias)
-        return _gain(z, excess, bias)
+        factor = excess.to(z.dtype)
+        return torch.addcmul(z, z, factor) if bias is None else torch.lerp(z, bias, -factor)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -177,8 +178,3 @@ class _Gain(torch.autograd.Function):
             grad_excess.sub_(channel_sum(grad, channels).view(excess.shape).mul_(bias))
         grad_z = torch.addcmul(grad, grad, excess.to(grad.dtype), out=product) if ctx.needs_input_grad[0] else None
         return grad_z, grad_excess.to(excess.dtype), None
-
-
-def _gain(z: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
-    factor = excess.to(z.dtype)
-    return torch.addcmul(z, z, factor) if bias is None else torch.lerp(z, bias, -factor)

@@ -25,8 +25,8 @@ from .products import (
     channel_sum,
     conv_input_gradient,
     convolve,
-    kernel_gradient,
     per_channel,
+    weight_gradient,
 )
 
 WEIGHTS, BIASES = ("diff", "w_norm"), ("diff_b", "b_norm")
@@ -144,11 +144,7 @@ class _LayerWithDifference(torch.autograd.Function):
                     moved = (weight + difference.view(weight.shape)).to(x.dtype)
                     grad_x = conv_input_gradient(grad, x.shape, moved, geometry)
         if needs_difference:
-            if geometry is None:
-                product = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            else:
-                product = kernel_gradient(grad, x, difference.to(x.dtype), geometry)
-            grad_difference = product.to(difference.dtype).view(difference.shape)
+            grad_difference = weight_gradient(grad, x, difference.to(x.dtype), geometry).to(difference.dtype)
         if needs_bias:
             grad_bias = channel_sum(grad, channel_dim(geometry)).to(ctx.bias_dtype)
         return grad_x, grad_difference, grad_bias, None

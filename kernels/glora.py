@@ -38,14 +38,13 @@ class GLoRA(Adapter):
         """a1, b1 ~ U(−1/√rank, 1/√rank) (kaiming, a = √5), a2 = b2 = 0."""
         out_features, in_features, *kernel = shape
         rank, ones = options.rank, [1] * len(kernel)
-        alpha = options.alpha * (math.sqrt(rank) if options.rank_stabilised else 1)
         tensors = {
             A1: kaiming((in_features, rank, *ones), draws),
             A2: torch.zeros(rank, in_features, *ones),
             B1: kaiming((out_features, rank, *ones), draws),
             B2: torch.zeros(rank, in_features, *kernel),
         }
-        return cls(tensors, shape, alpha)
+        return cls(tensors, shape, options.scaling_alpha)
 
     @classmethod
     def read(cls, parts: Mapping[str, Tensor], shape: Sequence[int] | None) -> Self:

@@ -18,8 +18,7 @@ from typing_extensions import Self
 
 from .adapter import Adapter, Options, scalar, wide
 from .frozen import FrozenLayer, frozen
-from .products import channel_dim, channel_sum, per_channel
-from .rotations import input_gradient
+from .products import channel_dim, channel_sum, input_gradient, per_channel
 
 WEIGHT, ON_INPUT, PEFT = "weight", "on_input", "ia3_l"
 

@@ -21,7 +21,7 @@ from typing_extensions import Self
 from .adapter import Additive, Options, fitted, low_rank_scale, scalar, wide
 from .frozen import FrozenLayer
 from .lora import LoRA
-from .products import apply_weight, conv_input_gradient, kernel_gradient, per_channel, walked
+from .products import apply_weight, input_gradient, kernel_gradient, per_channel, walked
 
 W1_A, W1_B, W2_A, W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 T1, T2 = "hada_t1", "hada_t2"
@@ -55,8 +55,7 @@ class LoHa(Additive):
         if tucker:
             tensors |= {name: tensors[name].T.contiguous() for name in (W1_A, W2_A)}
             tensors |= {name: normal(0.1, rank, rank, *kernel) for name in (T1, T2)}
-        alpha = options.alpha * (math.sqrt(rank) if options.rank_stabilised else 1)  # as LyCORIS keeps it in its files
-        return cls(tensors, shape, alpha)
+        return cls(tensors, shape, options.scaling_alpha)
 
     @classmethod
     def read(cls, parts: Mapping[str, Tensor], shape: Sequence[int] | None) -> Self:
@@ -216,13 +215,10 @@ class _WithDense(torch.autograd.Function):
         geometry, grad = ctx.layer.geometry, grad.to(x.dtype)
         pairs = (w1_a, w1_b, ctx.scale * w2_a, w2_b)
 
-        def input_gradient(weight: Tensor) -> Tensor:
-            return grad @ weight if geometry is None else conv_input_gradient(grad, x.shape, weight, geometry)
-
         grad_x = None
         if ctx.needs_input_grad[0]:
             with ctx.layer.weight(grad) as weight:
-                grad_x = _with_both(input_gradient, weight, pairs)
+                grad_x = _with_both(lambda matrix: input_gradient(grad, x.shape, matrix, geometry), weight, pairs)
         if geometry is None:
             rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             gradients = _hadamard_gradients(lambda some: grads[:, some].T @ rows, pairs)

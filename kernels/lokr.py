@@ -57,10 +57,8 @@ class LoKr(Additive):
             tensors[T2] = kaiming((rank, rank, *kernel), draws)
         else:
             tensors |= {W2_A: kaiming((o2, rank), draws), W2_B: torch.zeros(rank, i2 * math.prod(kernel))}
-        stabilised = options.rank_stabilised and not (full_w1 and full_w2)
-        # as LyCORIS keeps it in its files; of two full halves nothing reads it
-        alpha = options.alpha * (math.sqrt(rank) if stabilised else 1)
-        return cls(tensors, shape, alpha)
+        # of two full halves nothing reads it
+        return cls(tensors, shape, options.alpha if full_w1 and full_w2 else options.scaling_alpha)
 
     @classmethod
     def read(cls, parts: Mapping[str, Tensor], shape: Sequence[int] | None) -> Self:

@@ -60,12 +60,11 @@ class LoRA(Additive):
         out_features, in_features, *kernel = shape
         rank, ones = options.rank, [1] * len(kernel)
         tucker = options.tucker and math.prod(kernel) > 1
-        alpha = options.alpha * (math.sqrt(rank) if options.rank_stabilised else 1)  # as LyCORIS keeps it in its files
         mid = None
         down = kaiming((rank, in_features, *(ones if tucker else kernel)), draws)
         if tucker:
             mid = kaiming((rank, rank, *kernel), draws)
-        return cls(down, torch.zeros((out_features, rank, *ones)), alpha, mid)
+        return cls(down, torch.zeros((out_features, rank, *ones)), options.scaling_alpha, mid)
 
     @classmethod
     def read(cls, parts: Mapping[str, Tensor], shape: Sequence[int] | None) -> Self:

@@ -23,8 +23,8 @@ from typing_extensions import Self
 from .adapter import Adapter, Options, wide
 from .dense import dense_contribution, through_weight
 from .frozen import FrozenLayer, frozen
-from .products import channel_dim, per_channel
-from .rotations import Stage, back_through, input_gradient, turn, turned_stage
+from .products import channel_dim, input_gradient, per_channel
+from .rotations import Stage, back_through, turn, turned_stage
 
 WEIGHT, SCALED = "oft_R.weight", "oft_R.scaled_oft"
 

@@ -3,7 +3,8 @@
 * ``ConvGeometry``: how a convolution walks; None stands for a linear layer throughout this package.
 * ``apply_weight``, ``convolve``, ``pointwise``: forward; channels are the last dimension of a linear layer's input and
   the second of a convolution's.
-* ``conv_gradients``, ``conv_input_gradient``, ``kernel_gradient``, ``outer``: backward, without autograd.
+* ``input_gradient``, ``weight_gradient``: backward of either kind, without autograd; ``conv_gradients``,
+  ``conv_input_gradient``, ``kernel_gradient``, ``outer``: their pieces.
 * ``per_channel``, ``channel_dim``, ``channel_sum``: vectors over the channels.
 """
 
@@ -94,6 +95,20 @@ def conv_input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometr
         return conv_input_gradient_by_product(shape, geometry, (grad, weight))
     placeholder = grad.new_empty(shape)  # never read; anything but plain contiguous would be copied into that
     return conv_gradients(grad, placeholder, weight, geometry, (True, False))[0]
+
+
+def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: ConvGeometry | None) -> Tensor:
+    """∂L/∂x of the layer with ``weight``, for an input of ``shape``."""
+    if geometry is None:
+        return grad @ weight.flatten(1)
+    return conv_input_gradient(grad, shape, weight, geometry)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry | None) -> Tensor:
+    """∂L/∂weight of the layer, in the shape of ``weight``, whose values are not needed."""
+    if geometry is None:
+        return (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).view(weight.shape)
+    return kernel_gradient(grad, x, weight, geometry)
 
 
 def conv_input_gradient_by_product(shape: torch.Size, geometry: ConvGeometry, *parts: tuple[Tensor, Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from typing_extensions import Self
 from .adapter import Adapter, Options, scalar, wide
 from .dense import dense_contribution, through_weight
 from .frozen import FrozenLayer
-from .products import ConvGeometry, channel_dim, channel_sum, conv_input_gradient, per_channel
+from .products import ConvGeometry, channel_dim, channel_sum, input_gradient, per_channel
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
 WIDTH = 128  # of the blocks that a butterfly's stages are combined to, in channels
@@ -315,13 +315,6 @@ def back_through(
 def _piece(rows: Tensor) -> int:
     """How many rows to work on at once: those that stay in a CPU's cache, all of them elsewhere."""
     return ROWS if rows.device.type == "cpu" else max(1, len(rows))
-
-
-def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: ConvGeometry | None) -> Tensor:
-    """∂L/∂x of the layer with ``weight``, for an input of ``shape``."""
-    if geometry is None:
-        return grad @ weight.flatten(1)
-    return conv_input_gradient(grad, shape, weight, geometry)
 
 
 def _staged(y: Tensor, stage: Stage, second: bool) -> Tensor:
