@@ -149,3 +149,16 @@ def with_weight(module, weight, x, bias=None):
     """The layer's output with another weight (and bias)."""
     changed = {"weight": weight} | ({} if bias is None else {"bias": bias})
     return torch.func.functional_call(module, changed, x)
+
+
+def kept_for_backward(run):
+    """The tensors that autograd keeps while ``run()`` goes forward, in its order."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        run()
+    return kept
+
+
+def storages(tensors):
+    """The addresses of their storages."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}

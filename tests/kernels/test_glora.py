@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import run_host
-from cases import CASES, Case, Lent, build, randomised, with_weight
+from cases import CASES, Case, Lent, build, kept_for_backward, randomised, storages, with_weight
 from lora_loom.kernels.adapter import Dropout, Options
 from lora_loom.kernels.glora import PARTS, GLoRA
 from lora_loom.kernels.registry import read_adapter
@@ -88,15 +88,8 @@ def test_the_graph_keeps_the_input_alone():
     module, adapter, x = build(Case("GLoRA", "linear", Options(3, 2.0)))
     for tensor in adapter.parameters():
         tensor.requires_grad_()
-    kept = set()
-
-    def keep(tensor):
-        kept.add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        adapter.on(x.requires_grad_(), Lent(module))
-    assert kept == {tensor.untyped_storage().data_ptr() for tensor in (x, *adapter.parameters())}
+    kept = kept_for_backward(lambda: adapter.on(x.requires_grad_(), Lent(module)))
+    assert storages(kept) == storages([x, *adapter.parameters()])
 
 
 @pytest.mark.parametrize("shape", ((5, 7), (6, 4, 3), (4, 3, 1, 1), (3, 2, 3, 3, 3)), ids=str)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import run_host
-from cases import CASES, Case, Lent, build, randomised, with_weight
+from cases import CASES, Case, Lent, build, kept_for_backward, randomised, with_weight
 from lora_loom.kernels.adapter import Dropout, Options
 from lora_loom.kernels.frozen import frozen_linear
 from lora_loom.kernels.lora import DOWN, DyLoRA, LoRA
@@ -106,12 +106,8 @@ def test_strided_inputs_and_gradients(name):
         torch.testing.assert_close(contiguous, permuted)
 
 
-def kept_for_backward(run):
-    """Shapes of the tensors that autograd keeps."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        run()
-    return sorted(kept)
+def kept_shapes(run):
+    return sorted(tuple(tensor.shape) for tensor in kept_for_backward(run))
 
 
 @pytest.mark.parametrize("width, kept_too", ((64, []), (63, [(5, 2)])), ids=("narrow rank", "wide rank"))
@@ -123,8 +119,8 @@ def test_the_graph_keeps_the_input_and_no_weight(width, kept_too):
         tensor.requires_grad_()
     x = torch.randn(5, width, requires_grad=True)
     factors = [tuple(tensor.shape) for tensor in adapter.parameters()]
-    assert kept_for_backward(lambda: adapter.on(x, layer)) == sorted([(5, width), *kept_too, *factors])
-    assert kept_for_backward(lambda: frozen_linear(x, layer)) == []
+    assert kept_shapes(lambda: adapter.on(x, layer)) == sorted([(5, width), *kept_too, *factors])
+    assert kept_shapes(lambda: frozen_linear(x, layer)) == []
 
 
 @pytest.mark.parametrize("name, narrow", (("linear", (5, 3)), ("conv2d", (2, 3, 5, 4))))
@@ -133,7 +129,7 @@ def test_lora_fa_keeps_the_narrow_product_only(name, narrow):
     assert [id(tensor) for tensor in adapter.parameters()] == [id(adapter.up)]
     adapter.up.requires_grad_()
     factors = [tuple(tensor.shape) for tensor in adapter.tensors.values()]
-    assert kept_for_backward(lambda: adapter.on(x.requires_grad_(), Lent(module))) == sorted([narrow, *factors])
+    assert kept_shapes(lambda: adapter.on(x.requires_grad_(), Lent(module))) == sorted([narrow, *factors])
 
 
 def test_dylora_trains_a_random_prefix():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import run_host
-from cases import CASES, LINEARS, Case, Lent, build, randomised, with_weight
+from cases import CASES, LINEARS, Case, Lent, build, kept_for_backward, randomised, storages, with_weight
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.oftv2 import OFTv2
 from lora_loom.kernels.registry import read_adapter
@@ -90,15 +90,8 @@ def test_gradients_of_what_is_shared_or_scaled(name, variant):
 def test_the_graph_keeps_the_input_alone(name):
     module, adapter, x = build(Case("OFTv2", name, Options(block_size=3)))
     adapter.packed.requires_grad_()
-    kept = set()
-
-    def keep(tensor):
-        kept.add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        adapter.on(x.requires_grad_(), Lent(module))
-    assert kept == {x.untyped_storage().data_ptr(), adapter.packed.untyped_storage().data_ptr()}
+    kept = kept_for_backward(lambda: adapter.on(x.requires_grad_(), Lent(module)))
+    assert storages(kept) == storages([x, adapter.packed])
 
 
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cases import Lent, randomised
+from cases import Lent, kept_for_backward, randomised
 from lora_loom.kernels.adapter import Dropout, Options
 from lora_loom.kernels.lora import DyLoRA, LoRA
 from lora_loom.kernels.siblings import can_share, on_shared
@@ -78,9 +78,7 @@ def test_only_the_input_is_kept():
     pairs, x = siblings(), torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     for adapter, _ in pairs:
         adapter.up.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        on_shared(x, pairs)
+    kept = [tuple(tensor.shape) for tensor in kept_for_backward(lambda: on_shared(x, pairs))]
     assert sorted(kept) == sorted([(5, 7), *(tuple(t.shape) for adapter, _ in pairs for t in adapter.parameters())])
 
 
