@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import run_host
-from cases import CASES, Case, Lent, build, randomised, with_weight
+from cases import CASES, Case, Lent, build, kept_for_backward, randomised, with_weight
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.dora import DoRA
 from lora_loom.kernels.lora import DOWN, UP
@@ -264,12 +264,10 @@ def test_norms_come_in_pieces_and_survive_cancellation():
 def test_the_graph_keeps_no_weight(axis, kept):
     """Beside factors and vectors: the input, and the output before the norms or the input after them."""
     module, adapter, x = build(Case("LoRA", "linear", Options(3, 2.0, dora=axis)))
-    found = []
     for tensor in adapter.parameters():
         tensor.requires_grad_()
     factors = {tensor.data_ptr() for tensor in adapter.tensors.values()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
-        adapter.on(x.requires_grad_(), Lent(module))
+    found = kept_for_backward(lambda: adapter.on(x.requires_grad_(), Lent(module)))
     wide = {(t.data_ptr(), tuple(t.shape)) for t in found if t.numel() > 12 and t.data_ptr() not in factors}
     # h is kept too where the rank is not small against the width, as of any LoRA
     assert sorted(shape for _, shape in wide if shape != (5, 3)) == kept

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import run_host
-from cases import CASES, Case, Lent, build, randomised, with_weight
+from cases import CASES, Case, Lent, build, kept_for_backward, randomised, with_weight
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.full import Full
 from lora_loom.kernels.lora import DOWN, UP
@@ -168,9 +168,7 @@ def test_the_graph_keeps_the_input():
     module, adapter, x = build(Case("full", "linear", Options(bias=True)))
     for tensor in adapter.parameters():
         tensor.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        adapter.on(x.requires_grad_(), Lent(module))
+    kept = kept_for_backward(lambda: adapter.on(x.requires_grad_(), Lent(module)))
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), adapter.tensors["diff"].data_ptr()}
 
 

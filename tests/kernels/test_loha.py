@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import run_host
-from cases import CASES, LAYERS, Case, Lent, build, randomised, with_weight
+from cases import CASES, LAYERS, Case, Lent, build, kept_for_backward, randomised, with_weight
 from lora_loom.kernels import loha
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.loha import T1, T2, W1_A, W1_B, W2_A, W2_B, LoHa
@@ -194,9 +194,7 @@ def test_the_graph_keeps_the_input_and_the_factors(way):
     module, adapter, x = build(Case("LoHa", "linear", Options(3, 2.0)))
     for tensor in (x, *adapter.parameters()):
         tensor.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        adapter.on(x, Lent(module))
+    kept = [tuple(tensor.shape) for tensor in kept_for_backward(lambda: adapter.on(x, Lent(module)))]
     assert sorted(kept) == sorted([(5, 8), *(tuple(tensor.shape) for tensor in adapter.parameters())])
 
 
