@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,21 +24,28 @@ from .objective import Denoiser, draw_times, sample_losses
 from .schedule import learning_rate
 from .settings import Plan
 
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # on the trajectory, 0 being clean
+
 
 @dataclass(frozen=True)
 class Batch:
-    """``latents`` (B, C, …) as the model wants them; ``conditioning`` one opaque item per sample."""
+    """``latents`` (B, C, …) as the model wants them; ``conditioning`` one opaque item per sample.
+
+    ``masks`` (B, 1, …) say how much each place of a latent counts, ``weights`` (B,) how much each sample does.
+    """
 
     latents: Tensor
     conditioning: Sequence[Any]
+    masks: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class Examples(Protocol):
-    """The data of a run. Every epoch has the same number of batches."""
+    """The data of a run."""
 
-    batches_per_epoch: int
-
-    def batch(self, epoch: int, index: int) -> Batch: ...
+    def batch(self, position: int) -> Batch:
+        """The ``position``-th micro-batch of the run."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -136,18 +143,34 @@ class Trainer:
     def loss(self, position: int) -> Tensor:
         """Mean loss of the ``position``-th micro-batch of the run, differentiable in the adapters."""
         assert self.denoiser is not None, "a step needs a denoiser"
-        per_epoch = self.examples.batches_per_epoch
-        batch = self.examples.batch(position // per_epoch, position % per_epoch)
+        batch = self.examples.batch(position)
         seed, count = self.plan.seed, len(batch.latents)
         times = draw_times(
             count, self.denoiser.prediction, self.plan.objective, generator(seed, "timestep", position)
         )
-        noise = torch.randn(batch.latents.shape, generator=generator(seed, "noise", position))
+        losses = self._losses(batch, times, generator(seed, "noise", position))
+        return (losses if batch.weights is None else losses * batch.weights.to(losses)).mean()
+
+    @torch.no_grad()
+    def validation_loss(self, batches: Iterable[Batch]) -> float:
+        """Mean loss of batches that are not trained on, at the same noise and timesteps every time."""
+        losses = []
+        for index, batch in enumerate(batches):
+            for part, time in enumerate(VALIDATION_TIMES):
+                draws = generator(self.plan.seed, "validation noise", index * len(VALIDATION_TIMES) + part)
+                times = torch.full((len(batch.latents),), time, dtype=torch.float64)
+                losses.append(self._losses(batch, times, draws).mean().item())
+        return sum(losses) / len(losses)
+
+    def _losses(self, batch: Batch, times: Tensor, draws: torch.Generator) -> Tensor:
+        """The loss of each sample (B,) at these positions on the trajectory."""
+        assert self.denoiser is not None, "a loss needs a denoiser"
+        noise = torch.randn(batch.latents.shape, generator=draws)
         sigma = self.denoiser.noise_levels(times).to(self.device)
         latents, noise = batch.latents.to(self.device), noise.to(self.device, batch.latents.dtype)
         prediction = self.denoiser.prediction
         output = self.denoiser.predict(prediction.noisy(latents, noise, sigma), sigma, batch.conditioning)
-        return sample_losses(output, prediction.target(latents, noise, sigma)).mean()
+        return sample_losses(output, prediction.target(latents, noise, sigma), batch.masks)
 
     def _diverged(self, what: str) -> None:
         """Back to the weights of the last step whose loss was finite."""

@@ -74,7 +74,14 @@ def draw_times(count: int, prediction: Prediction, settings: ObjectiveSettings, 
     return torch.sigmoid(settings.logit_mean + settings.logit_std * normal).clamp(max=1 - 1e-7)
 
 
-def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean square error of each sample (B,), in float32 or better."""
+def sample_losses(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean square error of each sample (B,), in float32 or better.
+
+    ``mask`` (B, 1, …), 0 to 1, weighs the places; the mean is over its area, so that a small mask is no weak lesson.
+    """
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(1)
+    squares = (prediction.to(wide) - target.to(wide)).square()
+    if mask is None:
+        return squares.flatten(1).mean(1)
+    weights = mask.to(squares).expand_as(squares)
+    return (squares * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)

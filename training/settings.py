@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 
@@ -131,12 +133,18 @@ class Plan:
         _check(math.isfinite(self.alpha) and self.alpha != 0, "alpha", self.alpha, "a number other than 0")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
 
-    def steps_for(self, batches_per_epoch: int, samples: int) -> int:
-        """Optimizer steps of the whole run for a data set of ``samples`` images in ``batches_per_epoch`` batches."""
+    def steps_for(self, batches_in: Callable[[int], int], presentations: Fraction = Fraction(1)) -> int:
+        """Optimizer steps of the whole run.
+
+        ``batches_in(n)``: batches in the first n epochs; ``presentations``: how often an epoch shows an image, in the
+        mean over the images.
+        """
         if self.unit == "steps":
             return self.length
-        epochs = self.length  # presenting every image n times is n epochs
-        return max(1, math.ceil(epochs * batches_per_epoch / self.optimizer.gradient_accumulation))
+        epochs = self.length if self.unit == "epochs" else self.length / presentations
+        whole = math.floor(epochs)
+        rest = (epochs - whole) * (batches_in(whole + 1) - batches_in(whole)) if epochs > whole else 0
+        return max(1, math.ceil((batches_in(whole) + rest) / self.optimizer.gradient_accumulation))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

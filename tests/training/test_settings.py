@@ -75,6 +75,6 @@ def test_a_plan_survives_json():
     ),
 )
 def test_length_in_every_unit(unit, length, accumulation, expected):
-    """17 images in 5 batches."""
+    """An epoch of 5 batches."""
     settings = OptimizerSettings(gradient_accumulation=accumulation)
-    assert Plan(length=length, unit=unit, optimizer=settings).steps_for(5, 17) == expected
+    assert Plan(length=length, unit=unit, optimizer=settings).steps_for(lambda epochs: 5 * epochs) == expected

@@ -1,0 +1,208 @@
+"""Rules about the tags of a caption among themselves: implied, repeated, misspelled, contradicting, unknown.
+
+- implied tags: the user's table, and tags that are the end of another ("black hair", "hair") with known exceptions
+- spellings: a tag twice, one tag in several spellings, aliases of the user's tag list
+- typing mistakes: a tag found once that is one letter from a frequent one
+
+Only captions made of tags, of pictures that are trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from .lint_captions import EXAMPLES, Caption, CaptionCheck, most_common
+from .lint_knowledge import TagKnowledge
+from .lint_rules import Finding, finding
+from .tag_text import canonical, tags
+
+BECOMES = " → "  # in details, between what is written and what is meant
+UNTOUCHED = re.compile(r"(?:score|rating|source)_")  # tags that models know with their underscore
+NO_IMPLICATION = re.compile(r"(?:no|non|without|not) .*|.* print")
+NOT_ITS_END = {"hot dog", "corn dog", "prairie dog", "teddy bear", "gummy bear", "sea horse", "rocking horse",
+               "sea cow", "guinea pig", "sea lion", "flying fox", "dragon fruit", "crescent moon", "computer mouse",
+               "paper crane", "bird house", "dog house", "green house"}  # fmt: skip
+COLOURS = "red|blue|green|brown|blonde|orange|purple|pink|yellow|aqua"
+CONTRADICTIONS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(1girl)|([2-6]\+?girls|multiple girls)",
+        r"(1boy)|([2-6]\+?boys|multiple boys)",
+        r"(solo)|((?:[2-6]\+?|multiple )(?:girls|boys)|duo|group|couple)",
+        r"(no humans)|(\d\+?(?:girl|boy)s?|solo)",
+        r"(day|daytime)|(night|nighttime)",
+        rf"(monochrome|greyscale|grayscale)|((?:{COLOURS}) (?:hair|eyes|background|shirt|skirt|dress|skin))",
+        r"(white background)|(black background|outdoors)",
+        r"(closed mouth)|(open mouth)",
+        r"(bald)|((?:\w+ )+hair)",
+        r"(barefoot)|(shoes|boots|sneakers)",
+        r"(long hair|very long hair)|(short hair|very short hair)",
+    )
+)
+
+
+def spelling_findings(check: CaptionCheck) -> Iterator[Finding]:
+    """Findings about the tags of a caption among themselves."""
+    for rule in (_implied, _repeated, _mixed, _aliases, _contradictions, _typing, _unknown):
+        yield from rule(check)
+
+
+def implied_by(names: Sequence[str], knowledge: TagKnowledge) -> dict[str, str]:
+    """Each tag that another one of the same caption implies, and that one."""
+    present = set(names)
+    found: dict[str, str] = {}
+    for name in names:
+        ends = {name.split(" ", count)[-1] for count in range(1, name.count(" ") + 1)}
+        if name in NOT_ITS_END or NO_IMPLICATION.fullmatch(name):
+            ends = set()
+        for other in (ends | knowledge.implied(name)) & present - {name}:
+            found.setdefault(other, name)
+    return found
+
+
+def _implied(check: CaptionCheck) -> Iterator[Finding]:
+    details, pairs = {}, Counter[str]()
+    for caption in check.tagged:
+        trigger = check.triggers[caption.sample.concept]
+        found = implied_by([name for name in caption.names if name != trigger], check.knowledge)
+        if found:
+            details[caption.sample.id] = tuple(sorted(found))
+            pairs.update(f"“{tag}” by “{by}”" for tag, by in sorted(found.items()))
+    if details:
+        yield finding("T020", "warn", details, details=details.values(), what=most_common(pairs))
+
+
+# -- spellings
+
+
+def respelled(caption: Caption) -> str:
+    """The caption with every tag in its canonical spelling, each once per line."""
+    options = caption.options
+    untouched = [tag for line in caption.lines for tag in line if UNTOUCHED.match(tag)]
+    keep = (*tags(options.trigger, options.separator), *untouched)
+    return canonical(caption.sample.caption, options.separator, keep=keep, weighted=options.weighted)
+
+
+def _repeated(check: CaptionCheck) -> Iterator[Finding]:
+    counts = {c.sample.id: [Counter(map(c.name, line)) for line in _written_lines(c)] for c in check.tagged}
+    repeated = {i: tuple(name for line in lines for name, n in line.items() if n > 1) for i, lines in counts.items()}
+    yield from _spelled({i: names for i, names in repeated.items() if names}, "with a tag twice")
+
+
+def _written_lines(caption: Caption) -> list[list[str]]:
+    """Tags of each line of the file: lines are respelled one by one."""
+    lines = caption.sample.caption.split("\n")
+    return caption.lines if len(lines) == 1 else [tags(line, caption.options.separator) for line in lines]
+
+
+def _mixed(check: CaptionCheck) -> Iterator[Finding]:
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for caption in check.tagged:
+        for line in caption.lines:
+            for tag in line:
+                spellings[caption.name(tag)].add(caption.bare(tag).lower())
+    mixed = {name for name, spelled in spellings.items() if len(spelled) > 1}
+    found = {}
+    for caption in check.tagged:
+        written = {tag for line in caption.lines for tag in line}
+        odd = sorted(tag for tag in written if mixed & {caption.name(tag)} - {caption.bare(tag).lower()})
+        if odd and respelled(caption) != caption.sample.caption:
+            found[caption.sample.id] = tuple(odd)
+    yield from _spelled(found, "with a tag that is spelled otherwise elsewhere")
+
+
+def _aliases(check: CaptionCheck) -> Iterator[Finding]:
+    aliases = check.knowledge.aliases
+    known = {c.sample.id: tuple(n + BECOMES + aliases[n] for n in c.names if n in aliases) for c in check.tagged}
+    yield from _spelled({i: pairs for i, pairs in known.items() if pairs}, "with a tag the tag list calls otherwise")
+
+
+def _spelled(found: dict[str, tuple[str, ...]], what: str) -> Iterator[Finding]:
+    if found:
+        examples = most_common(Counter(f"“{tag}”" for tags in found.values() for tag in tags))
+        yield finding("T021", "warn", found, details=found.values(), what=f"{what}: {examples}")
+
+
+def _typing(check: CaptionCheck) -> Iterator[Finding]:
+    limit = check.limits.of("T023")
+    counts = Counter(name for caption in check.tagged for name in set(caption.names))
+    near: dict[str, list[str]] = defaultdict(list)
+    for name, count in counts.items():
+        for part in _shortened(name) if count >= limit else ():
+            near[part].append(name)
+    details = {}
+    for caption in check.tagged:
+        meant = {}
+        for name in caption.names:
+            if counts[name] == 1 and len(name) >= 5 and name not in check.knowledge.counts:
+                candidates = {other for part in _shortened(name) for other in near.get(part, ())}
+                candidates = {other for other in candidates if one_letter_apart(name, other)}
+                if candidates:
+                    meant[name] = max(candidates, key=lambda other: (counts[other], other))
+        if meant:
+            details[caption.sample.id] = tuple(name + BECOMES + other for name, other in meant.items())
+    if details:
+        pairs = Counter(f"“{pair}”" for pairs in details.values() for pair in pairs)
+        yield finding("T023", "info", details, details=details.values(), what=most_common(pairs), limit=limit)
+
+
+def _shortened(name: str) -> set[str]:
+    """The name and what it is without one of its letters: names one letter apart share one of these."""
+    return {name, *(name[:at] + name[at + 1 :] for at in range(len(name)))}
+
+
+def one_letter_apart(one: str, other: str) -> bool:
+    """A letter more, less, changed or exchanged with the next; plurals and digits are no mistakes."""
+    if one == other or one + "s" == other or other + "s" == one:
+        return False
+    start = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    a, b = one[start:], other[start:]
+    if any(letter.isdigit() for letter in a[:1] + b[:1]):
+        return False
+    exchanged = len(a) > 1 and a[:2] == b[1::-1] and a[2:] == b[2:]
+    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or exchanged
+
+
+# -- contradictions and unknown tags
+
+
+def _contradictions(check: CaptionCheck) -> Iterator[Finding]:
+    details = {}
+    for caption in check.tagged:
+        for rule in CONTRADICTIONS:
+            matches = [match for name in caption.names if (match := rule.fullmatch(name))]
+            one, other = (next((match[0] for match in matches if match[side]), None) for side in (1, 2))
+            if one and other:
+                details[caption.sample.id] = (one, other)
+                break
+    if details:
+        pairs = Counter(" + ".join(sides) for sides in details.values())
+        yield finding("T022", "info", details, details=details.values(), what=most_common(pairs))
+
+
+def _unknown(check: CaptionCheck) -> Iterator[Finding]:
+    known = check.knowledge
+    if not known.counts:
+        return
+    details, counts = {}, Counter[str]()
+    for caption in check.tagged:
+        names = {name for name in caption.names if not re.search("[{}]", name)}
+        unknown = sorted(names - known.counts.keys() - known.aliases.keys() - {check.triggers[caption.sample.concept]})
+        if unknown:
+            details[caption.sample.id] = tuple(unknown)
+            counts.update(unknown)
+    if details:
+        named = ", ".join(f"{_with_nearest(name, known)} ({n}×)" for name, n in counts.most_common(EXAMPLES))
+        rest = f" and {len(counts) - EXAMPLES} more" if len(counts) > EXAMPLES else ""
+        yield finding("T024", "info", details, details=details.values(), what=named + rest)
+
+
+def _with_nearest(name: str, known: TagKnowledge) -> str:
+    letters = "abcdefghijklmnopqrstuvwxyz -'()"
+    pieces = [(name[:at], name[at:]) for at in range(len(name) + 1)]
+    candidates = {head + letter + rest for head, tail in pieces for letter in letters for rest in (tail, tail[1:])}
+    candidates |= _shortened(name) | {head + tail[1] + tail[0] + tail[2:] for head, tail in pieces if len(tail) > 1}
+    nearest = max(candidates & known.counts.keys(), key=lambda other: (known.counts[other], other), default=None)
+    return f"“{name}” (did you mean “{nearest}”?)" if nearest else f"“{name}”"
