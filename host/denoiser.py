@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.ldm.modules.attention
+import comfy.model_management
 import comfy.model_sampling
 import torch
 from torch import Tensor, nn
@@ -53,16 +54,23 @@ class Conditioning:
         }
 
 
-def encode_captions(clip: Any, captions: Iterable[str]) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-    """caption → (cross-attention tensor, extras) with ordinary tensors on the CPU; each caption is encoded once."""
+def encode_captions(
+    clip: Any, captions: Iterable[str], advance: Callable[[], None] = lambda: None
+) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """caption → (cross-attention tensor, extras) with ordinary tensors on the CPU; each caption is encoded once.
+
+    ``advance`` is called after each.
+    """
     encoded: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     for caption in captions:
         if caption in encoded:
             continue
+        comfy.model_management.throw_exception_if_processing_interrupted()
         context, extras = clip.encode_from_tokens_scheduled(clip.tokenize(caption))[0]
         with torch.inference_mode(False):
             kept = {name: _plain(value) for name, value in extras.items() if name not in ("hooks", "model_conds")}
             encoded[caption] = (_plain(context), kept)
+        advance()
     return encoded
 
 

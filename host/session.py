@@ -1,17 +1,15 @@
 """One training run in the host, from the sockets of a node to a LoRA.
 
 ``train(request)``: check → encode data → borrow the model → step, save, preview → give back → LoRA, losses, report.
-Previews and encoding run outside the loan. Whatever ends the run, the host's model is as it was, and what has been
-learned is in the run folder.
+Previews and encoding run outside the loan, which is then taken again. Whatever ends the run, the host's model is as it
+was, and what has been learned is in the run folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import comfy.model_management
@@ -20,41 +18,24 @@ import torch
 from ..kernels.adapter import Adapter, Options
 from ..kernels.layers import Target, select_targets
 from ..kernels.lora import LoRA
-from ..kernels.metadata import training_metadata
 from ..kernels.names import NameTable
 from ..kernels.reading import read_lora
 from ..kernels.safetensors_io import LoraModel
-from ..kernels.writing import to_state_dict
-from ..training.data import Dataset
+from ..training.dataset.balancing import presentations_per_image
+from ..training.dataset.batches import BatchPlan
 from ..training.loop import StepReport, Trainer, TrainingDivergedError, generator
 from ..training.settings import OptionError, Plan
+from . import record
 from .denoiser import HostDenoiser, prediction_of
-from .identify import architecture
-from .latents import EncodedExamples, encode_dataset
+from .examples import HostExamples
 from .loan import borrow
 from .patched import trainable_clone
-from .previews import Previews
 from .progress import Progress
+from .record import Request, Session
 from .runs import Run, RunError, open_run
 
 # activations of a training step against the host's estimate for inference, without and with checkpointing
 ACTIVATION_FACTORS = {False: 6.0, True: 2.0}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the trainer node was given."""
-
-    model: Any
-    clip: Any | None
-    vae: Any | None
-    dataset: Dataset
-    plan: Plan
-    run_name: str
-    if_run_exists: str = "continue"
-    start_from: LoraModel | None = None
-    node_id: str | None = None
-    previews: Previews | None = None
 
 
 @dataclass
@@ -67,20 +48,6 @@ class Result:
     finished: bool
 
 
-@dataclass
-class _Session:
-    """What the parts of a run share."""
-
-    request: Request
-    run: Run
-    patcher: Any
-    names: NameTable
-    adapters: dict[str, LoRA]
-    notes: list[str]
-    recipe: dict[str, Any]
-    started: float = field(default_factory=time.time)
-
-
 def train(request: Request) -> Result:
     """Train, and return the LoRA with all there is to say.
 
@@ -91,15 +58,13 @@ def train(request: Request) -> Result:
     run = open_run(request.run_name, request.if_run_exists)
     patcher, notes = trainable_clone(request.model)
     session = _prepare(request, run, patcher, notes)
-    samples = len(request.dataset.samples)
-    encoding = Progress(samples, request.node_id)
-    encoding.tell("encoding the data set", now=True)
-    latents, conditioning = encode_dataset(
-        request.dataset, patcher, request.clip, request.vae, encoding.advance
-    )
     plan = request.plan
-    examples = EncodedExamples(request.dataset, latents, conditioning, plan.batch_size, plan.seed)
-    total = plan.steps_for(examples.batches_per_epoch, samples)
+    order = BatchPlan(request.dataset, plan.batch_size, plan.seed)
+    session.notes.extend(order.notes())
+    total = plan.steps_for(order.batches_in, presentations_per_image(request.dataset))
+    examples = HostExamples(
+        request.dataset, order, patcher, request.clip, request.vae, plan.optimizer.gradient_accumulation, total
+    )
     with torch.inference_mode(False):
         return _run(session, examples, total)
 
@@ -111,7 +76,7 @@ def _check_inputs(request: Request) -> None:
         raise OptionError("vae is not connected: the images are encoded with it. Connect the VAE of the checkpoint")
 
 
-def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> _Session:
+def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> Session:
     plan, model = request.plan, patcher.model
     model_sampling = patcher.get_model_object("model_sampling")
     prediction_of(model_sampling)
@@ -125,7 +90,7 @@ def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> _Ses
         if request.start_from is not None:
             note = _start_from(adapters, request.start_from, names)
             notes.append("start_from has no effect: the run goes on with its own weights" if run.exists() else note)
-    session = _Session(request, run, patcher, names, adapters, notes, _recipe(request))
+    session = Session(request, run, patcher, names, adapters, notes, record.recipe(request))
     _check_run(session)
     return session
 
@@ -174,7 +139,7 @@ def _is_pair(adapter: Adapter) -> TypeGuard[LoRA]:
     return type(adapter) is LoRA and adapter.mid is None
 
 
-def _run(session: _Session, examples: EncodedExamples, total: int) -> Result:
+def _run(session: Session, examples: HostExamples, total: int) -> Result:
     request, plan = session.request, session.request.plan
     device = session.patcher.load_device
     session.adapters = {path: adapter.to(device) for path, adapter in session.adapters.items()}
@@ -183,11 +148,14 @@ def _run(session: _Session, examples: EncodedExamples, total: int) -> Result:
     progress = Progress(total, request.node_id)
     progress.advance(trainer.step_number)
     finished = True
+    if not trainer.finished:
+        _make_ready(session, trainer, examples, progress)  # data at fault ends the run before it leaves anything behind
     try:
         while not trainer.finished:
+            _make_ready(session, trainer, examples, progress)
             _train_until_break(session, trainer, examples, progress)
             if request.previews is not None and not trainer.finished:
-                _preview(session, trainer, progress, _lora(session, trainer))
+                _preview(session, trainer, progress, record.lora(session, trainer))
     except TrainingDivergedError as error:
         if trainer.step_number == 0:
             raise
@@ -206,10 +174,10 @@ def _run(session: _Session, examples: EncodedExamples, total: int) -> Result:
     lora = _save(session, trainer, complete=finished)
     if request.previews is not None and finished:
         _preview(session, trainer, progress, lora)
-    return Result(lora, trainer.losses, _report(session, trainer), finished)
+    return Result(lora, trainer.losses, record.report(session, trainer), finished)
 
 
-def _preview(session: _Session, trainer: Trainer, progress: Progress, lora: LoraModel) -> None:
+def _preview(session: Session, trainer: Trainer, progress: Progress, lora: LoraModel) -> None:
     assert session.request.previews is not None
     progress.show(session.request.previews(session.run, trainer.step_number, lora))
 
@@ -219,9 +187,22 @@ def _half_precision(patcher: Any) -> bool:
     return (model.manual_cast_dtype or model.get_dtype()) == torch.float16
 
 
-def _train_until_break(
-    session: _Session, trainer: Trainer, examples: EncodedExamples, progress: Progress
-) -> None:
+def _make_ready(session: Session, trainer: Trainer, examples: HostExamples, progress: Progress) -> None:
+    """Encode what the coming steps need, if it is not there yet."""
+    if examples.ready(trainer.step_number):
+        return
+
+    def begin(count: int) -> Callable[[], None]:
+        progress.tell(f"encoding {count} pictures and captions", now=True)
+        if trainer.step_number:  # the bar shows the training already
+            return lambda: None
+        return Progress(count, session.request.node_id).advance
+
+    with torch.inference_mode():
+        examples.prepare(trainer.step_number, begin)
+
+
+def _train_until_break(session: Session, trainer: Trainer, examples: HostExamples, progress: Progress) -> None:
     """One loan: steps until the run is done or something has to be done without the loan."""
     plan, request = session.request.plan, session.request
     every = getattr(request.previews, "every", 0)
@@ -230,7 +211,9 @@ def _train_until_break(
         session.patcher, session.adapters, checkpoint, _memory_required(session, trainer, examples, checkpoint)
     ) as loan:
         trainer.denoiser = HostDenoiser(loan)
-        while not trainer.finished:
+        if not session.validation:
+            _validate(session, trainer, examples)
+        while not trainer.finished and examples.ready(trainer.step_number):
             comfy.model_management.throw_exception_if_processing_interrupted()
             began = time.perf_counter()
             report = trainer.step()
@@ -238,14 +221,20 @@ def _train_until_break(
             progress.tell(_line(report, trainer.total_steps, time.perf_counter() - began), now=trainer.finished)
             if plan.run.save_every and report.step % plan.run.save_every == 0 and not trainer.finished:
                 _save(session, trainer, complete=False)
+            if trainer.finished:
+                _validate(session, trainer, examples)
             if every and report.step % every == 0:
                 return
 
 
-def _memory_required(session: _Session, trainer: Trainer, examples: EncodedExamples, checkpoint: bool) -> float:
+def _validate(session: Session, trainer: Trainer, examples: HostExamples) -> None:
+    if batches := examples.validation():
+        session.validation.append((trainer.step_number, trainer.validation_loss(batches)))
+
+
+def _memory_required(session: Session, trainer: Trainer, examples: HostExamples, checkpoint: bool) -> float:
     """Bytes beside the weights: activations, gradients and optimizer, generously."""
-    largest = max(examples.latents, key=lambda latent: latent.numel())
-    shape = [session.request.plan.batch_size, *largest.shape[1:]]
+    shape = [examples.order.largest_batch, *examples.largest_latent().shape[1:]]
     adapters = sum(tensor.numel() * tensor.element_size() for tensor in trainer.parameters)
     return session.patcher.model.memory_required(shape) * ACTIVATION_FACTORS[checkpoint] + 5 * adapters
 
@@ -258,29 +247,12 @@ def _line(report: StepReport, total: int, seconds: float) -> str:
 # -- going on, keeping, telling
 
 
-def _identity(session: _Session) -> dict[str, Any]:
-    """What must be the same for a run to be continued: the shape of what is trained."""
-    shapes = "\n".join(
-        f"{path} {adapter.shape} {adapter.rank} {adapter.alpha}" for path, adapter in session.adapters.items()
-    )
-    plan = session.request.plan
-    return {
-        "base model": architecture(session.patcher.model)[0],
-        "layers": plan.adapter.layers,
-        "rank": plan.rank,
-        "alpha": plan.alpha,
-        "conv_rank": plan.adapter.conv_rank,
-        "conv_alpha": plan.adapter.conv_alpha,
-        "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
-    }
-
-
-def _check_run(session: _Session) -> None:
+def _check_run(session: Session) -> None:
     """Refuse a run that is there already and was made of other adapters."""
     run = session.run
     if not run.exists():
         return
-    saved, wanted = run.facts()["identity"], _identity(session)
+    saved, wanted = run.facts()["identity"], record.identity(session)
     differing = [name for name, value in wanted.items() if saved.get(name) != value]
     if differing:
         name = differing[0]
@@ -292,12 +264,12 @@ def _check_run(session: _Session) -> None:
         )
 
 
-def _continue(session: _Session, trainer: Trainer) -> None:
+def _continue(session: Session, trainer: Trainer) -> None:
     run = session.run
     if not run.exists():
         return
     trainer.restore(run.state())
-    changed = _changes(run.facts()["recipe"], session.recipe)
+    changed = record.changes(run.facts()["recipe"], session.recipe)
     session.notes.append(f"went on with run {run.name!r} after step {trainer.step_number}")
     if changed:
         session.notes.append(f"changed since then, from here on: {', '.join(changed)}")
@@ -305,72 +277,10 @@ def _continue(session: _Session, trainer: Trainer) -> None:
         session.notes.append("the run is complete, nothing was trained; a greater length goes on with it")
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name, value in now.items():
-        old = before.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            found.extend(_changes(old, value, f"{prefix}{name}."))
-        elif old != value:
-            found.append(f"{prefix}{name} {old!r} → {value!r}")
-    return found
-
-
-def _recipe(request: Request) -> dict[str, Any]:
-    dataset = request.dataset
-    return {
-        **dataclasses.asdict(request.plan),
-        "dataset": {
-            "fingerprint": dataset.fingerprint(),
-            "images": len(dataset.samples),
-            "resolution": dataset.resolution,
-        },
-    }
-
-
-def _lora(session: _Session, trainer: Trainer) -> LoraModel:
-    plan, dataset, model = session.request.plan, session.request.dataset, session.patcher.model
-    kind, version = architecture(model)
-    prediction = prediction_of(session.patcher.get_model_object("model_sampling"))
-    optimizer = plan.optimizer
-    metadata = training_metadata(
-        title=session.run.name,
-        architecture=kind,
-        base_model_version=version,
-        rank=plan.rank,
-        alpha=plan.alpha,
-        conv_rank=plan.adapter.conv_rank or None,
-        conv_alpha=plan.adapter.conv_alpha if plan.adapter.conv_rank else None,
-        resolution=dataset.resolution,
-        prediction_type=None if prediction.is_flow else prediction.value,
-        recipe=session.recipe,
-        learning_rate=plan.learning_rate,
-        max_train_steps=trainer.total_steps,
-        steps=trainer.step_number,
-        batch_size=plan.batch_size,
-        gradient_accumulation_steps=optimizer.gradient_accumulation,
-        optimizer=optimizer.optimizer,
-        lr_scheduler=optimizer.schedule,
-        lr_warmup_steps=optimizer.warmup_steps,
-        seed=plan.seed,
-        num_train_images=len(dataset.samples),
-        tag_frequency={"dataset": _tag_counts(dataset)},
-        training_started_at=session.started,
-        training_finished_at=time.time(),
-    )
-    return LoraModel(to_state_dict(session.adapters, session.names.write), metadata, trained=True)
-
-
-def _tag_counts(dataset: Dataset) -> Counter[str]:
-    return Counter(
-        tag for sample in dataset.samples for tag in (part.strip() for part in sample.caption.split(",")) if tag
-    )
-
-
-def _save(session: _Session, trainer: Trainer, complete: bool) -> LoraModel:
-    lora = _lora(session, trainer)
+def _save(session: Session, trainer: Trainer, complete: bool) -> LoraModel:
+    lora = record.lora(session, trainer)
     facts = {
-        "identity": _identity(session),
+        "identity": record.identity(session),
         "recipe": session.recipe,
         "step": trainer.step_number,
         "total": trainer.total_steps,
@@ -378,17 +288,3 @@ def _save(session: _Session, trainer: Trainer, complete: bool) -> LoraModel:
     }
     session.run.write(trainer.state(), facts, lora)
     return lora
-
-
-def _report(session: _Session, trainer: Trainer) -> str:
-    parameters = sum(tensor.numel() for tensor in trainer.parameters)
-    losses = trainer.losses
-    tail = losses[-max(1, len(losses) // 10) :]
-    lines = [
-        f"run {session.run.name!r}: {trainer.step_number} of {trainer.total_steps} steps",
-        f"{len(session.adapters)} layers ({session.request.plan.adapter.layers}), {parameters:,} trained numbers",
-    ]
-    if losses:
-        lines.append(f"loss {losses[0]:.4f} at first, {sum(tail) / len(tail):.4f} over the last {len(tail)} steps")
-    lines.append(f"kept in {session.run.folder}")
-    return "\n".join(lines + [f"note: {note}" for note in session.notes])

@@ -3,7 +3,10 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .applying import LoomLoRALoaderAdvanced
-from .dataset import LoomDatasetLoader
+from .dataset import LoomCombineDatasets, LoomDatasetFromImages, LoomDatasetLoader
+from .dataset_check import LoomContactSheet, LoomDatasetLint
+from .dataset_exchange import LoomDatasetToGraph, LoomDatasetToTOML, LoomDatasetUpdate
+from .dataset_settings import LoomCaptionSettings, LoomConceptSettings, LoomImageSettings
 from .files import LoomSaveLoRA
 from .settings import (
     LoomAdapterSettings,
@@ -24,6 +27,16 @@ NODES: list[type[io.ComfyNode]] = [
     LoomPreviewSettings,
     LoomSaveLoRA,
     LoomLoRALoaderAdvanced,
+    LoomCaptionSettings,
+    LoomImageSettings,
+    LoomConceptSettings,
+    LoomDatasetFromImages,
+    LoomCombineDatasets,
+    LoomDatasetLint,
+    LoomContactSheet,
+    LoomDatasetToGraph,
+    LoomDatasetUpdate,
+    LoomDatasetToTOML,
 ]
 
 

@@ -8,10 +8,11 @@ from comfy_api.latest import io
 
 from ..host.apply import apply_lora
 from ..host.previews import Previews, PreviewSettings
+from ..host.record import Request
 from ..host.runs import IF_EXISTS
-from ..host.session import Request, train
+from ..host.session import train
 from ..kernels.safetensors_io import load_tensors
-from ..training.data import Dataset
+from ..training.dataset.model import Dataset
 from ..training.settings import (
     LENGTH_UNITS,
     AdapterSettings,

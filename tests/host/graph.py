@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ class Graph:
     def run(self, prompt: dict[str, Any], also: tuple[str, ...] = ()) -> dict[str, Any]:
         """What the prompt's Keep nodes got, by their ids; ``also`` are further output nodes. Raises GraphError."""
         self.number += 1
+        prompt = copy.deepcopy(prompt)  # as it would come from the page: the host keeps fingerprints in it
         Keep.kept = {}
         outputs = [*also, *(key for key, value in prompt.items() if value["class_type"] == "Keep")]
         asyncio.run(self.executor.execute_async(prompt, f"prompt-{self.number}", {}, outputs))

@@ -4,7 +4,6 @@ import math
 import os
 from pathlib import Path
 
-import folder_paths
 import pytest
 from comfy_api.latest import io
 from PIL import Image
@@ -13,21 +12,9 @@ from lora_loom.host import folders
 from lora_loom.nodes import compat, dataset
 from lora_loom.nodes.compat import build
 from lora_loom.nodes.dataset import NO_FOLDER, LoomDatasetLoader
-from lora_loom.training.data import DatasetError, load_pixels
-
-
-@pytest.fixture
-def places(tmp_path, monkeypatch):
-    """Registered roots: ComfyUI/datasets, a second path as extra_model_paths.yaml adds one, and the input folder."""
-    monkeypatch.setattr(folder_paths, "base_path", str(tmp_path / "comfy"))
-    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "comfy/input"))
-    registered = dict(folder_paths.folder_names_and_paths)
-    registered["datasets"] = ([str(tmp_path / "elsewhere/sets")], set())
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", registered)
-    monkeypatch.setattr(folders, "LISTING_SECONDS", -1.0)
-    for name in ("comfy/datasets", "comfy/input", "elsewhere/sets"):
-        (tmp_path / name).mkdir(parents=True)
-    return tmp_path
+from lora_loom.training.dataset.batches import place
+from lora_loom.training.dataset.model import DatasetError
+from lora_loom.training.dataset.pixels import load as load_pixels
 
 
 def put(path: Path, caption: str | None = "a cat"):
@@ -37,8 +24,8 @@ def put(path: Path, caption: str | None = "a cat"):
         path.with_suffix(".txt").write_text(caption)
 
 
-def load(root="datasets", folder="cats", resolution=64, bucket_step=8):
-    return LoomDatasetLoader.execute(root, folder, resolution, bucket_step).result
+def load(root="datasets", folder="cats", resolution=64, bucket_step=8, **options):
+    return LoomDatasetLoader.execute(root, folder, resolution, bucket_step, **options).result
 
 
 def fingerprint(root="datasets", folder="cats"):
@@ -57,10 +44,17 @@ def test_the_schema_is_the_public_contract(places):
         "Dataset Loader",
         "LoRA Loom",
     )
-    assert [item.id for item in schema.inputs] == ["root", "folder", "resolution", "bucket_step"]
+    first, added = ["root", "folder", "resolution", "bucket_step"], schema.inputs[4:]
+    assert [item.id for item in schema.inputs[:4]] == first
+    assert [item.id for item in added] == [
+        *("more_resolutions", "repeats", "trigger", "if_unreadable", "subfolders", "lint"),
+        *("captions", "images", "concept"),
+    ]
+    assert all(item.optional for item in added), "workflows saved with four widgets still load"
+    assert [item.default for item in added[:6]] == ["", 1.0, "", "error", "10_name sets repeats", "quick"]
     assert [(item.id, item.io_type) for item in schema.outputs] == [("dataset", "LOOM_DATASET"), ("report", "STRING")]
     assert all(item.tooltip for item in (*schema.inputs, *schema.outputs)) and schema.description
-    root, folder, resolution, step = schema.inputs
+    root, folder, resolution, step = schema.inputs[:4]
     assert (root.options, root.default, folder.options) == (["datasets", "input"], "datasets", ["cats"])
     assert (resolution.default, resolution.min, resolution.max, resolution.step) == (512, 16, 4096, 8)
     assert (step.default, step.min, step.max, step.step) == (64, 8, 256, 8)
@@ -80,32 +74,32 @@ def test_the_host_lists_the_node_and_renews_its_choices(places):
 
 
 @pytest.mark.parametrize(
-    "root, place", [("datasets", "comfy/datasets"), ("datasets", "elsewhere/sets"), ("input", "comfy/input")]
+    "root, root_place", [("datasets", "comfy/datasets"), ("datasets", "elsewhere/sets"), ("input", "comfy/input")]
 )
-def test_it_loads_a_folder_of_each_root(places, root, place):
-    put(places / place / "cats/a.png")
-    put(places / place / "cats/b/ü.jpg", "two\n")
+def test_it_loads_a_folder_of_each_root(places, root, root_place):
+    put(places / root_place / "cats/a.png")
+    put(places / root_place / "cats/b/ü.jpg", "two\n")
     found, report = load(root)
     assert [(sample.id, sample.caption) for sample in found.samples] == [("a.png", "a cat"), ("b/ü.jpg", "two")]
-    assert found.root == os.path.realpath(places / place / "cats")
-    assert load_pixels(found.samples[0]).shape == (56, 72, 3)
-    assert report == "2 images at resolution 64\n1 bucket (72×56: 2)"
+    assert found.source == os.path.realpath(places / root_place / "cats")
+    assert load_pixels(found, place(found)[0], 0, 0).image.shape == (56, 72, 3)
+    assert report.splitlines()[:2] == ["2 images at resolution 64", "1 bucket (72×56: 2)"]
     assert len(load(root, "cats/b")[0].samples) == 1
 
 
 def test_images_in_the_root_itself(places):
     put(places / "comfy/datasets/a.png")
     put(places / "comfy/datasets/cats/a.png")
-    assert folders.list_folders("datasets") == ("cats", ".")
+    assert folders.list_sources("datasets") == ("cats", ".")
     assert [sample.id for sample in load("datasets", ".")[0].samples] == ["a.png", "cats/a.png"]
 
 
 def test_one_name_in_two_paths_of_a_root(places):
     put(places / "comfy/datasets/cats/a.png")
     (places / "elsewhere/sets/cats").mkdir()
-    assert load()[0].root == os.path.realpath(places / "comfy/datasets/cats"), "the other one has no images"
+    assert load()[0].source == os.path.realpath(places / "comfy/datasets/cats"), "the other one has no images"
     put(places / "elsewhere/sets/cats/b.png")
-    with pytest.raises(DatasetError, match=r"^folder: 'cats' is in .*sets and in .*datasets; rename one of the two"):
+    with pytest.raises(DatasetError, match=r"^folder: 'cats' is in .*sets and in .*datasets; rename one of the two$"):
         load()
 
 
@@ -113,7 +107,7 @@ def test_faults_of_the_dataset_are_named(places):
     put(places / "comfy/datasets/cats/a.png", caption=None)
     with pytest.raises(DatasetError, match=r"1 image of 1 without a caption: a\.png; .* e\.g\. a\.txt"):
         load()
-    with pytest.raises(ValueError, match="bucket_step is 128 and resolution is 64"):
+    with pytest.raises(DatasetError, match=r"resolution is \(64, 64\), expected at least bucket_step \(128\)"):
         load(bucket_step=128)
 
 
@@ -135,7 +129,7 @@ def test_the_fingerprint_follows_the_files(places):
 
 @pytest.mark.parametrize("folder", ["../..", "/etc", "no such", "a\0b", "\ud800", "x" * 5000, 5, ["cats"], {"a": 1}])
 def test_the_fingerprint_never_raises_and_reads_nothing_outside(places, folder, monkeypatch):
-    monkeypatch.setattr(dataset, "folder_state", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(dataset, "dataset_state", lambda path, access: pytest.fail(f"{path} was opened"))
     assert fingerprint(folder=folder).startswith("folder: ")
     assert fingerprint(root=folder).startswith("root: ")
 
@@ -175,7 +169,7 @@ def test_nothing_outside_a_root_can_be_named(places, folder):
     put(places / "comfy/secret/a.png")
     put(places / "comfy/datasets/cats/a.png")
     name = folder.format(secret=places / "comfy/secret")
-    with pytest.raises(DatasetError, match=r"^folder: .* is no folder below a root; choose one .* datasets/cats"):
+    with pytest.raises(DatasetError, match=r"^folder: .* is no folder or dataset file below a root; .* datasets/cats"):
         load("datasets", name)
 
 
@@ -191,7 +185,7 @@ def test_links_that_lead_outside_are_refused_and_not_listed(places):
     (places / "comfy/datasets/cats").symlink_to(places / "secret")
     (places / "comfy/datasets/dogs").symlink_to(places / "comfy/input/dogs")
     (places / "comfy/datasets/dogs/loop").symlink_to(places / "comfy/datasets")
-    assert folders.list_folders("datasets") == ("dogs",)
+    assert folders.list_sources("datasets") == ("dogs",)
     assert len(load(folder="dogs")[0].samples) == 1
     with pytest.raises(DatasetError, match=r"^folder: 'cats' is a link that leads outside .* extra_model_paths\.yaml"):
         load(folder="cats")
@@ -213,7 +207,7 @@ def test_linked_files_are_read_only_from_registered_folders(places):
     (places / "secret").write_text("secret words")
     (places / "comfy/datasets/cats/b.txt").unlink()
     (places / "comfy/datasets/cats/b.txt").symlink_to(places / "secret")
-    with pytest.raises(DatasetError, match=r"links that lead outside the dataset folders: b\.txt; copy the files"):
+    with pytest.raises(DatasetError, match=r"links that lead outside the dataset folders: \S*b\.txt; copy the files"):
         load()
 
 
@@ -249,13 +243,13 @@ def test_the_walk_is_bounded_and_cached(places, monkeypatch):
         put(places / f"comfy/input/{index:02}/a.png")
     put(places / "comfy/input" / "/".join("x" * 12) / "a.png")
     put(places / "comfy/input/.hidden/a.png")
-    assert len(folders.list_folders("input")) == 30, "too deep or hidden"
+    assert len(folders.list_sources("input")) == 30, "too deep or hidden"
     monkeypatch.setattr(folders, "MAX_FOLDERS", 5)
-    assert len(folders.list_folders("input")) < 30
+    assert len(folders.list_sources("input")) < 30
     monkeypatch.setattr(folders, "LISTING_SECONDS", 60.0)
-    names = folders.list_folders("input")
+    names = folders.list_sources("input")
     monkeypatch.setattr(folders, "_walk", lambda place: pytest.fail("walked again"))
-    assert folders.list_folders("input") == names
+    assert folders.list_sources("input") == names
 
 
 # ---------------------------------------------------------------- compat

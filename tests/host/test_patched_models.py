@@ -14,14 +14,17 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
 from graph import clip_for, images, sampled, tiny_model, vae_for
 from lora_loom.host.denoiser import UnsupportedModelError
-from lora_loom.host.latents import encode_dataset
-from lora_loom.host.session import Request, train
+from lora_loom.host.examples import HostExamples
+from lora_loom.host.latents import encode_pictures
+from lora_loom.host.record import Request
+from lora_loom.host.session import train
 from lora_loom.kernels.layers import select_targets
-from lora_loom.training.data import batch_order, scan_folder
+from lora_loom.training.dataset.batches import BatchPlan, place
 from lora_loom.training.loop import generator
 from lora_loom.training.objective import Prediction, draw_times
 from lora_loom.training.settings import ObjectiveSettings, Plan
 from snapshot import weights
+from training import opened
 
 PLAN = Plan(length=2, batch_size=2, rank=2, alpha=2.0, learning_rate=1e-2, seed=5)
 
@@ -29,7 +32,7 @@ PLAN = Plan(length=2, batch_size=2, rank=2, alpha=2.0, learning_rate=1e-2, seed=
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Data set, text encoder, VAE."""
-    return scan_folder(images(tmp_path_factory.mktemp("zorb")), 64, 16), clip_for("sd15"), vae_for("sd15")
+    return opened(images(tmp_path_factory.mktemp("zorb")), 64, 16), clip_for("sd15"), vae_for("sd15")
 
 
 @pytest.fixture
@@ -239,18 +242,19 @@ def test_v_prediction_with_zero_terminal_snr(run, parts, plain):
 @torch.inference_mode()
 def first_loss(model, parts):
     dataset, clip, vae = parts
-    latents, conditioning = encode_dataset(dataset, model, clip, vae, lambda: None)
-    picked = batch_order(dataset, PLAN.batch_size, PLAN.seed, 0)[0]
-    x0 = torch.cat([latents[index] for index in picked]).double()
+    examples = HostExamples(dataset, BatchPlan(dataset, PLAN.batch_size, PLAN.seed), model, clip, vae, 1, 1)
+    examples.prepare(0, lambda count: lambda: None)
+    batch = examples.batch(0)
+    x0 = batch.latents.double()
     noise = torch.randn(x0.shape, generator=generator(PLAN.seed, "noise", 0)).double()
-    times = draw_times(len(picked), Prediction.VELOCITY, ObjectiveSettings(), generator(PLAN.seed, "timestep", 0))
+    times = draw_times(len(x0), Prediction.VELOCITY, ObjectiveSettings(), generator(PLAN.seed, "timestep", 0))
     sampling = model.get_model_object("model_sampling")
     sigma = sampling.sigmas[(times * len(sampling.sigmas)).long()].float()
     assert sampling.sigma_max > 1000, "the schedule really ends in pure noise"
     comfy.model_management.load_models_gpu([model])
     level = sigma.double().reshape(-1, 1, 1, 1)
     noisy = x0 + level * noise
-    context = torch.cat([conditioning[index].cross_attn for index in picked])
+    context = torch.cat([item.cross_attn for item in batch.conditioning])
     denoised = model.model.apply_model(noisy.float(), sigma, c_crossattn=context).double()
     predicted = (noisy / (level**2 + 1) - denoised) * (level**2 + 1).sqrt() / level
     return ((predicted - (noise - level * x0) / (1 + level**2).sqrt()) ** 2).mean().item()
@@ -265,9 +269,10 @@ def test_a_replaced_latent_format_scales_the_latents(run, parts, plain):
     model.add_object_patch("latent_format", latent_format)
     dataset, clip, vae = parts
     with torch.inference_mode():
-        once, _ = encode_dataset(dataset, base, clip, vae, lambda: None)
-        twice, _ = encode_dataset(dataset, model, clip, vae, lambda: None)
-    assert all(torch.equal(2 * small, large) for small, large in zip(once, twice, strict=True))
+        wanted = [(item, 0) for item in place(dataset)]
+        once = encode_pictures(dataset, wanted, 0, base, vae)
+        twice = encode_pictures(dataset, wanted, 0, model, vae)
+    assert once and all(torch.equal(2 * one.latent, two.latent) for one, two in zip(once, twice, strict=True))
     assert run(model).losses != plain.losses
 
 

@@ -20,15 +20,16 @@ from PIL import Image
 
 import host_extension  # noqa: F401 - the host learns to recognise the demo base
 from lora_loom.host.denoiser import HostDenoiser
-from lora_loom.host.latents import EncodedExamples, encode_dataset
+from lora_loom.host.examples import HostExamples
 from lora_loom.host.loan import borrow
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.lora import LoRA
-from lora_loom.training.data import scan_folder
+from lora_loom.training.dataset.batches import BatchPlan
 from lora_loom.training.loop import Trainer, generator
 from lora_loom.training.objective import sample_losses
 from lora_loom.training.settings import OptimizerSettings, Plan
+from training import opened
 
 BASE = Path(__file__).resolve().parents[2] / "dev" / "demo_base" / "loom-demo-base.safetensors"
 SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -82,18 +83,15 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def data(loaded, tmp_path_factory):
-    """concept → (training examples, held-out examples), each (dataset, latents, conditioning)."""
-    model, clip, vae = loaded
+def data(tmp_path_factory):
+    """concept → (training data set, held-out data set)."""
     root, found = tmp_path_factory.mktemp("photographs"), {}
     for concept, pictures in CONCEPTS.items():
         found[concept] = []
         for part, picture in zip(("training", "held out"), pictures(), strict=True):
             folder = root / concept / part
             write_crops(picture, folder, concept, len(part))
-            dataset = scan_folder(folder, 32, 8)
-            with torch.inference_mode():
-                found[concept].append((dataset, *encode_dataset(dataset, model, clip, vae, lambda: None)))
+            found[concept].append(opened(folder, 32, 8))
     return found
 
 
@@ -103,17 +101,22 @@ def adapters_for(model, seed):
     return {t.path: LoRA.create(t.shape, Options(4, 4.0), generator(seed, "adapter", i)) for i, t in enumerate(targets)}
 
 
-def trained(model, examples, seed):
-    dataset, latents, conditioning = examples
+def encoded(loaded, dataset, batch, seed, steps):
+    examples = HostExamples(dataset, BatchPlan(dataset, batch, seed), *loaded, 1, steps)
+    with torch.inference_mode():
+        examples.prepare(0, lambda count: lambda: None)
+    return examples
+
+
+def trained(loaded, dataset, seed):
+    model, examples = loaded[0], encoded(loaded, dataset, BATCH, seed, STEPS)
     plan = Plan(
         length=STEPS, learning_rate=3e-3, rank=4, alpha=4.0, batch_size=BATCH, seed=seed,
         optimizer=OptimizerSettings(schedule="cosine", warmup_steps=3),
     )  # fmt: skip
     adapters = adapters_for(model, seed)
     with borrow(model, adapters) as loan:
-        trainer = Trainer(
-            adapters, HostDenoiser(loan), EncodedExamples(dataset, latents, conditioning, BATCH, seed), plan, STEPS
-        )
+        trainer = Trainer(adapters, HostDenoiser(loan), examples, plan, STEPS)
         while not trainer.finished:
             trainer.step()
     return adapters
@@ -122,12 +125,13 @@ def trained(model, examples, seed):
 @torch.no_grad()
 def held_out_losses(model, adapters, examples):
     """One loss per held-out picture at fixed noise and timesteps, mean over the timesteps."""
-    _, latents, conditioning = examples
-    sums = np.zeros(len(latents))
+    sums = np.zeros(CROPS)
     with borrow(model, adapters) as loan:
         denoiser = HostDenoiser(loan)
         kind = denoiser.prediction
-        for index, (latent, condition) in enumerate(zip(latents, conditioning, strict=True)):
+        for index in range(CROPS):
+            batch = examples.batch(index)
+            latent, [condition] = batch.latents, batch.conditioning
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(index))
             count = len(TIMES)
             x0, noise = latent.expand(count, *latent.shape[1:]), noise.expand(count, *latent.shape[1:])
@@ -149,11 +153,11 @@ def test_held_out_loss_falls_and_more_than_with_another_concept(loaded, data, re
         model = loaded[0]
         names = list(CONCEPTS)
         loras = {
-            (concept, seed): trained(model, data[concept][0], seed) for concept in names for seed in range(SEEDS)
+            (concept, seed): trained(loaded, data[concept][0], seed) for concept in names for seed in range(SEEDS)
         }
         against_base, against_other = [], []
         for number, concept in enumerate(names):
-            held_out = data[concept][1]
+            held_out = encoded(loaded, data[concept][1], 1, 0, CROPS)
             base = held_out_losses(model, {}, held_out)
             other = names[(number + 1) % len(names)]
             for seed in range(SEEDS):

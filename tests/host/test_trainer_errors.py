@@ -13,11 +13,12 @@ from safetensors import safe_open
 import tiny
 from graph import Graph, GraphError, clip_for, images, node, tiny_model, training_prompt, vae_for
 from lora_loom.host import session
+from lora_loom.host.record import Request
 from lora_loom.host.runs import RunError, checked_name
-from lora_loom.host.session import Request, train
-from lora_loom.training.data import scan_folder
+from lora_loom.host.session import train
 from lora_loom.training.loop import Batch, Trainer
 from lora_loom.training.settings import AdapterSettings, Plan
+from training import opened
 
 INPUT = Path(folder_paths.get_input_directory())
 RUNS = Path(folder_paths.get_output_directory()) / "lora_loom"
@@ -167,7 +168,7 @@ def test_a_value_that_makes_no_sense(graph, no_step, option, value, expected):
 
 def test_no_layer_matched(graph, no_step, monkeypatch):
     """A network of convolutions alone has no attention to train."""
-    dataset = scan_folder(INPUT / "fine", 64, 16)
+    dataset = opened(INPUT / "fine", 64, 16)
     settings = {"transformer_depth": [0, 0], "transformer_depth_output": [0] * 4, "transformer_depth_middle": -1}
     monkeypatch.setitem(tiny.SPECS, "sd15", tiny.Spec("SD15", tiny._unet(32, 64, **settings), (4, 16, 16), 64))
     plan = Plan(adapter=AdapterSettings("attention"))
@@ -236,13 +237,13 @@ def kept_weights(name):
 def test_poisoned_data_stops_the_run_with_the_last_good_weights(graph, monkeypatch):
     good = graph.run(training_prompt("sd15", "fine", "good", length=1))["lora"]
 
-    class Poisoned(session.EncodedExamples):
-        def batch(self, epoch, index):
-            batch = super().batch(epoch, index)
-            bad = epoch == 1
+    class Poisoned(session.HostExamples):
+        def batch(self, position):
+            batch = super().batch(position)
+            bad = self.order.locate(position)[0] == 1
             return Batch(batch.latents * float("nan"), batch.conditioning) if bad else batch
 
-    monkeypatch.setattr(session, "EncodedExamples", Poisoned)
+    monkeypatch.setattr(session, "HostExamples", Poisoned)
     kept = graph.run(training_prompt("sd15", "fine", "poisoned", length=9))
     assert "poisoned': 2 of 9 steps" in kept["report"]
     assert "STOPPED EARLY, the last good weights are kept. step 3: the loss is nan. Lower" in kept["report"]
@@ -266,11 +267,10 @@ def state_facts(name):
 
 
 def test_a_loss_that_is_no_number_from_the_start_is_an_error(graph, monkeypatch):
-    encode = session.encode_dataset
+    class Poisoned(session.HostExamples):
+        def batch(self, position):
+            batch = super().batch(position)
+            return Batch(batch.latents * float("nan"), batch.conditioning)
 
-    def poisoned(*args):
-        latents, conditioning = encode(*args)
-        return [latent * float("nan") for latent in latents], conditioning
-
-    monkeypatch.setattr(session, "encode_dataset", poisoned)
+    monkeypatch.setattr(session, "HostExamples", Poisoned)
     refused(graph, r"step 1: the loss is nan\. Lower learning_rate", run_name="never good")

@@ -40,14 +40,13 @@ class PlainDenoiser:
 class Shuffled:
     """A data set in a fixed order that differs from epoch to epoch."""
 
-    batches_per_epoch = BATCHES
-
     def __init__(self, dtype):
         draws = torch.Generator().manual_seed(1)
         self.latents = torch.randn(BATCHES, BATCH, 4, SIDE, SIDE, generator=draws).to(dtype)
         self.texts = torch.randn(BATCHES, BATCH, 1, tiny.TOKENS, 64, generator=draws).to(dtype)
 
-    def batch(self, epoch, index):
+    def batch(self, position):
+        epoch, index = divmod(position, BATCHES)
         index = (index + 3 * epoch) % BATCHES
         return Batch(self.latents[index], list(self.texts[index]))
 
@@ -120,7 +119,7 @@ def reference_run(dtype, steps, accumulation, first, order="as given"):
         total = 0.0
         for micro in range(accumulation):
             position = step * accumulation + micro
-            batch = examples.batch(position // BATCHES, position % BATCHES)
+            batch = examples.batch(position)
             times = torch.rand(BATCH, generator=generator(5, "timestep", position), dtype=torch.float64)
             noise = torch.randn(batch.latents.shape, generator=generator(5, "noise", position)).to(dtype)
             timesteps = (times * 1000).long()

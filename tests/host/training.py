@@ -10,6 +10,8 @@ from lora_loom.host.loan import borrow
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.lora import LoRA
+from lora_loom.training.dataset.model import Access, BucketOptions, Concept
+from lora_loom.training.dataset.opening import open_dataset
 from lora_loom.training.objective import sample_losses
 
 
@@ -44,6 +46,12 @@ def samples_for(name, batch, seed=1, dtype=torch.float32, side=None):
     return x0, noise, times, conditioning
 
 
+def opened(folder, resolution, step):
+    """The data set in a plain folder."""
+    concept = Concept(resolutions=((resolution, resolution),), buckets=BucketOptions(step=step))
+    return open_dataset(folder, concept, Access(allowed=lambda path: True, advice=str))
+
+
 def loss_of(denoiser: HostDenoiser, samples):
     """The training loss of fixed samples, in their own precision (the host hands its predictions over in float32)."""
     x0, noise, times, conditioning = samples
@@ -53,4 +61,4 @@ def loss_of(denoiser: HostDenoiser, samples):
     return sample_losses(output.to(x0.dtype), kind.target(x0, noise, sigma)).mean()
 
 
-__all__ = ["adapters_for", "borrow", "loss_of", "samples_for"]
+__all__ = ["adapters_for", "borrow", "loss_of", "opened", "samples_for"]
