@@ -27,6 +27,7 @@ demo: setup
 bench: setup
 	$(RUN) bench/kernels.py
 	$(RUN) bench/train_step.py
+	$(RUN) bench/data.py
 
 soak: setup
 	$(RUN) dev/soak.py

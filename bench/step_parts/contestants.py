@@ -142,8 +142,6 @@ class PeftStep(_Step):
 
 
 class OurStep(_Step):
-    batches_per_epoch = 1
-
     def __init__(self, base: Any, latent: int, rank: int, checkpoint: bool, mode: Any) -> None:
         super().__init__(latent, mode)
         shared = share(base)
@@ -158,7 +156,7 @@ class OurStep(_Step):
             self.trainer = Trainer(adapters, HostDenoiser(loan), self, plan, total_steps=1_000_000)
         comfy.model_management.current_loaded_models.clear()  # or the next contestant's load would push it out
 
-    def batch(self, epoch: int, index: int) -> Batch:
+    def batch(self, position: int) -> Batch:
         return self.sample
 
     def once(self) -> None:
