@@ -1,4 +1,5 @@
-"""A contact sheet: every crop exactly as it is trained, with its caption.
+"""A contact sheet: every crop exactly as it is trained, with its caption: trigger, prefix and suffix included, nothing
+shuffled or dropped.
 
 - grouped by bucket, largest group first, each with its size and the number of its images
 - all thumbnails cover about the same area, so aspect ratios compare
@@ -9,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .batches import Item, place
+from .captions import shown
+from .draws import Draws
 from .model import KINDS, Concept, Dataset, DatasetError, Size, some
 from .pixels import Pixels, load_many
 
@@ -102,9 +106,9 @@ def _groups(items: tuple[Item, ...], limit: int, page: int) -> list[_Group]:
     flat = [item for bucket in order for item in found[bucket]][(page - 1) * limit : page * limit]
     groups = []
     for bucket in order:
-        shown = tuple(item for item in flat if item.bucket == bucket)
-        if shown:
-            groups.append(_Group(bucket, shown, len(found[bucket])))
+        on_page = tuple(item for item in flat if item.bucket == bucket)
+        if on_page:
+            groups.append(_Group(bucket, on_page, len(found[bucket])))
     return groups
 
 
@@ -131,10 +135,10 @@ def _rows(
     columns = max(1, (width - 2 * MARGIN + GAP) // (thumbnail[0] + GAP))
     rows = []
     for start in range(0, len(group.items), columns):
-        shown = group.items[start : start + columns]
-        texts = [_caption_lines(dataset.samples[item.sample].caption, thumbnail[0], fonts) for item in shown]
+        row_items = group.items[start : start + columns]
+        texts = [_caption_lines(_caption(dataset, item), thumbnail[0], fonts) for item in row_items]
         cells = []
-        for item, lines in zip(shown, texts, strict=True):
+        for item, lines in zip(row_items, texts, strict=True):
             picture = _picture(next(pictures)).resize(thumbnail, Image.Resampling.LANCZOS)
             cells.append(_cell(dataset, item, picture, lines, max(map(len, texts)), fonts))
             advance()
@@ -151,8 +155,15 @@ def _thumbnail_size(bucket: Size, widest: int) -> Size:
     return max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
 
 
+def _caption(dataset: Dataset, item: Item) -> str:
+    """What is shown of the caption where nothing is left to chance; brackets as they are written."""
+    sample = dataset.samples[item.sample]
+    options = dataclasses.replace(dataset.of(sample).captions.still, weighted=True)
+    return shown(sample.caption, options, Draws("contact sheet", sample.id)).strip()
+
+
 def _caption_lines(caption: str, width: int, fonts: _Fonts) -> list[str]:
-    return wrap(caption.strip() or NO_CAPTION, fonts.small, width - 2 * PADDING, CAPTION_LINES)
+    return wrap(caption or NO_CAPTION, fonts.small, width - 2 * PADDING, CAPTION_LINES)
 
 
 def _cell(
@@ -164,7 +175,7 @@ def _cell(
     draw = ImageDraw.Draw(cell)
     for number, line in enumerate(lines, 1):
         baseline = picture.height + PADDING + number * LINE_HEIGHT - 4
-        draw.text((PADDING, baseline), line, TEXT if sample.caption.strip() else FAINT, fonts.small, anchor="ls")
+        draw.text((PADDING, baseline), line, FAINT if lines == [NO_CAPTION] else TEXT, fonts.small, anchor="ls")
     left = 5
     for text, colour in _marks(dataset.of(sample), item, sample.size):
         wide = round(draw.textlength(text, fonts.mark)) + 10
@@ -175,11 +186,11 @@ def _cell(
 
 
 def _picture(pixels: Pixels) -> Image.Image:
-    shown = pixels.image
+    image = pixels.image
     if pixels.mask is not None:
         hidden = (1 - pixels.mask[..., None]) * TINT_STRENGTH
-        shown = shown * (1 - hidden) + torch.tensor(TINT) / 255 * hidden
-    return Image.fromarray((shown.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+        image = image * (1 - hidden) + torch.tensor(TINT) / 255 * hidden
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
 
 def _marks(concept: Concept, item: Item, size: Size) -> list[tuple[str, Colour]]:

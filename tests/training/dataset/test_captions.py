@@ -186,6 +186,7 @@ def test_the_trigger_counts_as_kept():
     [
         ("{a|b}{c|d}", {"ac", "ad", "bc", "bd"}),
         ("{a|b {c|d} }", {"a", "b c ", "b d "}),
+        ("{a|{b|{c|d}}} {{x}}", {"a {x}", "b {x}", "c {x}", "d {x}"}),
         ("{{{a|b}}}", {"{a", "{b}"}),  # sd-scripts reads doubled braces first, from the left
         ("{a|}x", {"ax", "x"}),
         ("{a}", {"a"}),
@@ -269,6 +270,10 @@ def test_tags_are_dropped_one_by_one():
     assert text(tail, tag_dropout=1, never_drop=("??? hat", "dog")) == "red hat"
     assert text(tail, tag_dropout=1, only_drop=("*hat",)) == "cat"
     assert text(tail, tag_dropout=1, only_drop=("*hat",), never_drop=("red*",)) == "red hat, cat"
+    for written in ("miku (vocaloid)", r"miku \(vocaloid\)"):  # one tag, as everywhere else
+        for listed in ("miku (vocaloid)", r"miku \(*\)"):
+            assert "miku" in text(f"{written}, cat", tag_dropout=1, never_drop=(listed,))
+            assert not notes_of(f"{written}, cat", CaptionOptions(tag_dropout=0.5, never_drop=(listed,)))
 
 
 def test_brackets_are_text_unless_weighted():

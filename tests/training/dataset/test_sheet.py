@@ -14,6 +14,7 @@ from lora_loom.training.dataset.combining import combine
 from lora_loom.training.dataset.images import read_header
 from lora_loom.training.dataset.model import (
     BucketOptions,
+    CaptionOptions,
     Concept,
     Dataset,
     DatasetError,
@@ -136,6 +137,13 @@ def test_kinds_repeats_and_enlargements_are_marked():
     for column in range(5):
         found = [has_colour(cell(page, column)[:24], mark) for mark in marks]
         assert found == [index == column for index in range(4)]
+
+
+def test_captions_are_those_that_are_trained():
+    """Trigger and suffix included, brackets as written, shuffled and dropped nothing."""
+    options = CaptionOptions(trigger="zorb", suffix="(painted)", shuffle=True, dropout=1.0, tag_dropout=1.0)
+    one = contact_sheet(dataset((CELL, CELL), caption="a cat", concept=replace(PLAIN, captions=options)))
+    assert torch.equal(one, contact_sheet(dataset((CELL, CELL), caption="zorb, a cat (painted)")))
 
 
 def test_captions_stand_below_and_only_there():
