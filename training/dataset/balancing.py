@@ -177,7 +177,12 @@ def split_validation(dataset: Dataset, part: float, seed: int) -> Dataset:
     for content in sorted(order, key=lambda content: len(copies[content])):  # too many copies for the part asked for
         if all(wanted[sample.concept] and not held[sample.concept] for sample in copies[content]):
             hold_back(content, {i: n - 1 for i, n in counts.items()})
-    return _with_twins(dataset, chosen, [i for i in wanted if wanted[i] and not held[i]])
+    concepts = (
+        dataclasses.replace(concept, validation_split=part, validation_seed=seed) if i in wanted else concept
+        for i, concept in enumerate(dataset.concepts)
+    )
+    noted = dataclasses.replace(dataset, concepts=tuple(concepts))
+    return _with_twins(noted, chosen, [i for i in wanted if wanted[i] and not held[i]])
 
 
 def _with_twins(dataset: Dataset, chosen: set[str], unsplit: list[int]) -> Dataset:
@@ -199,6 +204,17 @@ def _with_twins(dataset: Dataset, chosen: set[str], unsplit: list[int]) -> Datas
     return dataclasses.replace(
         dataset, concepts=(*dataset.concepts, *concepts), samples=samples, notes=(*dataset.notes, *notes)
     )
+
+
+def with_still_validation(dataset: Dataset) -> Dataset:
+    """The dataset with nothing left to chance in validation: what is compared from one time to the next stays alike."""
+    concepts = (
+        dataclasses.replace(concept, captions=concept.captions.still, images=concept.images.still)
+        if concept.kind == "validation"
+        else concept
+        for concept in dataset.concepts
+    )
+    return dataclasses.replace(dataset, concepts=tuple(concepts))
 
 
 def _content(picture: Picture) -> str:

@@ -26,7 +26,7 @@ from .balancing import followed, rates
 from .buckets import choose_bucket, cover, kept_part
 from .draws import Draws
 from .merging import merged
-from .model import Dataset, DatasetError, Size, listed, some
+from .model import Dataset, DatasetError, Picture, Size, listed, some
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,12 @@ def place(dataset: Dataset, kinds: Sequence[str] = TRAINED, batch_size: int = 1)
     return tuple(_item(dataset, index, buckets[item]) for item, (index, _) in enumerate(slots))
 
 
+def place_all(dataset: Dataset, batch_size: int = 1) -> tuple[Item, ...]:
+    """Every item where a run has it, sample by sample: validation pictures are shown one by one and move no others."""
+    items = (*place(dataset, TRAINED, batch_size), *place(dataset, ("validation",)))
+    return tuple(sorted(items, key=lambda item: item.sample))
+
+
 def _item(dataset: Dataset, index: int, bucket: Size) -> Item:
     sample = dataset.samples[index]
     concept = dataset.of(sample)
@@ -126,9 +132,10 @@ class BatchPlan:
         ]
         self._pool = np.array([pools.setdefault(key, len(pools)) for key in keys])
         self._pools = tuple(pools)
-        # a picture can be in a pool at two resolutions, but must not be in a batch twice
-        pictures_in: dict[tuple[int, int], int] = {}
-        pairs = zip(self._pool.tolist(), (item.sample for item in self.items), strict=True)
+        # a picture can be in a pool at two resolutions, or listed twice, but must not be in a batch twice
+        self._pictures = [dataset.samples[item.sample].picture for item in self.items]
+        pictures_in: dict[tuple[int, Picture], int] = {}
+        pairs = zip(self._pool.tolist(), self._pictures, strict=True)
         self._picture = np.array([pictures_in.setdefault(pair, len(pictures_in)) for pair in pairs])
         self._pool_of_picture = np.array([pool for pool, _ in pictures_in])
         self._first_variation = [
@@ -185,9 +192,9 @@ class BatchPlan:
     def _epoch(self, number: int) -> tuple[Batch, ...]:
         before = self._shown_before(number)
         counts = self._shown_before(number + 1) - before
-        pools: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # of presentations, by picture
+        pools: dict[int, dict[Picture, list[int]]] = defaultdict(lambda: defaultdict(list))  # presentations, by picture
         for item in np.flatnonzero(counts).tolist():
-            presentations = pools[int(self._pool[item])][self.items[item].sample]
+            presentations = pools[int(self._pool[item])][self._pictures[item]]
             presentations += [item] * int(counts[item])
         batches: list[list[int]] = []
         for pool, pictures in sorted(pools.items()):

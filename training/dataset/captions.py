@@ -6,7 +6,8 @@ In this order, which is that of sd-scripts except for the lines:
 2. one line of several, or all of them joined
 3. the trigger in front, then prefix and suffix around (sd-scripts puts those around before it picks a line, so that the
    lines in the middle get neither)
-4. wildcards: {red|blue} picks one, also inside one another; {{ and }} are braces
+4. wildcards: {red|blue} picks one, also inside one another; {{ and }} are braces, but where two groups are open, }}
+   closes both
 5. tags, where an option needs them: a head that stays (before ``keep_tokens_separator``, or so many tags; at least up
    to the trigger), a tail that stays, and between them warm-up, shuffling and dropping
 6. the secondary separator as an ordinary one
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from .draws import Draws
 from .model import CaptionOptions, Dataset, listed
-from .tag_text import Glob, literal, move_first, name_of, tags
+from .tag_text import Glob, literal, move_first, name_of, tags, unescaped
 
 SENTENCE_ENDS = (".", "!", "?", ";", ":")
 WEIGHT = re.compile(r"(?<!\\)\([^()]+:\s*\d+(?:\.\d*)?\s*\)")
@@ -73,9 +74,10 @@ def _picked(text: str, draws: Draws) -> str:
     for piece in re.findall(r"\{\{|\}\}|[{}|]|[^{}|]+", text):
         if piece == "{":
             groups.append([""])
-        elif piece == "}" and len(groups) > 1:
-            choices = groups.pop()
-            groups[-1][-1] += draws.pick(choices) if choices != [""] else "{}"
+        elif piece in ("}", "}}") and len(groups) > len(piece):
+            for _ in piece:
+                choices = groups.pop()
+                groups[-1][-1] += draws.pick(choices) if choices != [""] else "{}"
         elif piece == "|" and len(groups) > 1:
             groups[-1].append("")
         else:
@@ -119,8 +121,10 @@ def _through_trigger(front: Sequence[str], options: CaptionOptions) -> int:
     parts = tags(name_of(options.trigger), options.separator)
     if not parts:
         return 0
-    words = re.compile(rf"(?<!\w){re.escape(parts[-1])}(?!\w)")
-    return next((index + 1 for index, tag in enumerate(front) if words.search(name_of(tag))), 0)
+    words = [re.compile(rf"(?<!\w){re.escape(part)}(?!\w)") for part in parts]
+    ends = range(len(parts), len(front) + 1)
+    names = [name_of(tag) for tag in front]
+    return next((end for end in ends if all(map(re.Pattern.search, words, names[end - len(parts) : end]))), 0)
 
 
 def _tags_at(step: int, count: int, options: CaptionOptions, total_steps: int) -> int:
@@ -132,14 +136,19 @@ def _tags_at(step: int, count: int, options: CaptionOptions, total_steps: int) -
 
 
 def _kept(flex: Iterable[str], options: CaptionOptions, draws: Draws) -> list[str]:
-    never, only = ([Glob(pattern) for pattern in patterns] for patterns in (options.never_drop, options.only_drop))
+    never, only = ([_glob(pattern) for pattern in patterns] for patterns in (options.never_drop, options.only_drop))
 
     def stays(tag: str) -> bool:
         lucky = not draws.chance(options.tag_dropout)  # drawn for every tag, so that lists change nothing for others
-        exempt = any(glob.fits(tag) for glob in never) or (only and not any(glob.fits(tag) for glob in only))
+        name = unescaped(tag)
+        exempt = any(glob.fits(name) for glob in never) or (only and not any(glob.fits(name) for glob in only))
         return lucky or bool(exempt)
 
     return [tag for tag in flex if stays(tag)]
+
+
+def _glob(pattern: str) -> Glob:
+    return Glob(unescaped(pattern))
 
 
 # -- what has no effect
@@ -181,10 +190,14 @@ def notes(dataset: Dataset) -> list[str]:
     """What of the caption options has no effect on the captions of this dataset, per concept."""
     found = []
     for index, concept in enumerate(dataset.concepts):
-        captions = [sample.caption for sample in dataset.samples if sample.concept == index]
+        samples = [sample for sample in dataset.samples if sample.concept == index]
+        captions = [sample.caption for sample in samples]
         name = f"{concept.name}: " if concept.name else ""
         unmet = _unmet(concept.captions, captions) if any(captions) else ()
         found += [name + note for note in (*check(concept.captions), *unmet)]
+        empty = [sample.id for sample in samples if not sample.caption.strip()]
+        if empty and not (concept.captions.trigger or concept.captions.prefix or concept.captions.suffix):
+            found.append(f"{name}empty captions, trained without a prompt: {listed(empty)}")
     return list(dict.fromkeys(found))
 
 
@@ -198,7 +211,8 @@ def _unmet(options: CaptionOptions, captions: Sequence[str]) -> Iterator[str]:
             yield f"{name} {mark!r} is in no caption: write it there, or leave the option empty"
     if options.wildcards and not any("{" in text for text in texts):
         yield "wildcards is on, but no caption has a {choice|of|words}: write some, or switch it off"
-    if options.lines == "random" and not any("\n" in caption.strip() for caption in captions):
+    lines_asked = options.lines == "random" and not options.wildcards  # enable_wildcard of a configuration is both
+    if lines_asked and not any("\n" in caption.strip() for caption in captions):
         yield "lines is random, but no caption has several lines: write several, or set it to all"
     if options.weighted and not any(bracket in text for text in texts for bracket in "()"):
         yield "weighted is on, but no caption has a (bracket): write (tag:1.2), or switch it off"
@@ -207,7 +221,7 @@ def _unmet(options: CaptionOptions, captions: Sequence[str]) -> Iterator[str]:
         yield f"weighted is off: {weights[:40]!r} is read as it stands; switch it on for prompt weights"
     mark = options.keep_tokens_separator or options.separator
     parts = [tags(text.replace(mark, options.separator), options.separator) for text in texts]
-    every, divided = {tag for part in parts for tag in part}, any(len(part) > 1 for part in parts)
+    every, divided = {unescaped(tag) for part in parts for tag in part}, any(len(part) > 1 for part in parts)
     moving = [name for name in ("shuffle", "tag_dropout", "warmup_steps") if getattr(options, name)]
     if moving and not divided:
         yield (
@@ -215,6 +229,6 @@ def _unmet(options: CaptionOptions, captions: Sequence[str]) -> Iterator[str]:
             "a sentence is one tag, and is kept or dropped whole"
         )
     for name in ("never_drop", "only_drop"):
-        idle = [pattern for pattern in getattr(options, name) if not any(Glob(pattern).fits(tag) for tag in every)]
+        idle = [pattern for pattern in getattr(options, name) if not any(_glob(pattern).fits(tag) for tag in every)]
         if idle and options.tag_dropout:
             yield f"{name} names tags that no caption has: {listed(idle)}; check how they are spelled"

@@ -138,6 +138,8 @@ def concept_of(subset: Subset, defaults: Concept, name: str) -> Concept:
             changes["samples_per_epoch"] = None
         if "is_reg" in values and (values["is_reg"] or defaults.kind == "regularisation"):
             changes["kind"] = "regularisation" if values["is_reg"] else "training"
+        if values.get("validation_split") == 1 and not values.get("is_reg"):
+            changes["kind"] = "validation"
         captions = _captions(values, defaults.captions)
         if changes.get("kind") == "regularisation":
             captions = dataclasses.replace(captions, trigger="")
@@ -161,7 +163,7 @@ def _renamed(values: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
 
 def _in_their_words(message: str) -> str:
     """An error about one of our options, by the name of its key."""
-    message = message.replace("bucket_step", "bucket_reso_steps")
+    message = message.replace("bucket_step", "bucket_reso_steps").replace("most max_side", "most max_bucket_reso")
     for key, option in {**CAPTION_KEYS, **BUCKET_KEYS, **IMAGE_KEYS, **CONCEPT_KEYS}.items():
         if message.startswith(f"{option} is "):
             return key + message.removeprefix(option)
@@ -169,8 +171,10 @@ def _in_their_words(message: str) -> str:
 
 
 def _captions(values: dict[str, Any], defaults: CaptionOptions) -> CaptionOptions:
+    """``enable_wildcard`` says which line is shown too; without it there is one, unless the loader asks for chance."""
     options = dataclasses.replace(defaults, **_renamed(values, CAPTION_KEYS))
-    return dataclasses.replace(options, lines="random" if options.wildcards else "first")
+    chance = options.wildcards or (defaults.lines == "random" and "enable_wildcard" not in values)
+    return dataclasses.replace(options, lines="random" if chance else "first")
 
 
 def _buckets(values: dict[str, Any], defaults: BucketOptions, sides: Sequence[int]) -> BucketOptions:
@@ -195,9 +199,9 @@ def _images(values: dict[str, Any], defaults: ImageOptions) -> ImageOptions:
 
 def _split_of(subset: Subset) -> tuple[float, int]:
     part = subset.values.get("validation_split", 0)
-    if not 0 <= part < 1:
-        raise DatasetError(f"{subset.where}: validation_split is {part}, expected 0 (none) to below 1, e.g. 0.1")
-    return part, subset.values.get("validation_seed", 0)
+    if not 0 <= part <= 1:
+        raise DatasetError(f"{subset.where}: validation_split is {part}, expected 0 (none) to 1 (all), e.g. 0.1")
+    return part % 1, subset.values.get("validation_seed", 0)  # of all, nothing is left to split
 
 
 # -- pictures
@@ -218,16 +222,32 @@ def _entries(
         found = found_in(source)
         check_found(found)
         entries = list(entries_of(found, list(found.images), index, values.get("class_tokens", "")))
-        notes = list(found.notes)
+        notes = [*found.notes, *_unread_captions(source, entries, concept)]
         companions = [entry.name for entry in entries if entry.mask]
         if companions:
             notes.append(f"{where}: files called …{MASK_LABEL} are masks here: of {listed(companions)}")
-    boxed = concept.images.zoom is not None
-    entries = [dataclasses.replace(entry, name=name_below(entry.image.path, root), boxed=boxed) for entry in entries]
+    entries = [dataclasses.replace(entry, name=name_below(entry.image.path, root)) for entry in entries]
     if source.masks is not None:
         entries, more = _masked(source, entries)
         notes += more
     return entries, [*notes, *_subset_notes(source.subset, entries)]
+
+
+def _unread_captions(source: Source, entries: Sequence[Entry], concept: Concept) -> list[str]:
+    """Captions that caption_extension passes by; DatasetError where nothing stands in for them."""
+    where, values = source.subset.where, source.subset.values
+    bare = [entry.name for entry in entries if not entry.captions]
+    if not bare or "caption_extension" not in values or source.image_dir is None:
+        return []
+    others = find(source.image_dir, deep=False).captions
+    unread = [file.name for name in bare for file in others[name]]
+    if not unread:
+        return []
+    asked = " or ".join(values["caption_extension"])
+    message = f"{where}: caption_extension is {asked}, which passes by {listed(unread)}; correct it or leave it out"
+    if not (values.get("class_tokens") or concept.captions.trigger):
+        raise DatasetError(message)
+    return [message]
 
 
 def _masked(source: Source, entries: list[Entry]) -> tuple[list[Entry], list[str]]:

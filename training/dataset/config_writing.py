@@ -1,6 +1,8 @@
 """A dataset as the TOML configuration that sd-scripts reads.
 
 - keys that sd-scripts knows and nothing else; options at their usual value are left out
+- pictures that were held back stand with those they were held back from, by ``validation_split``; other validation
+  pictures are a dataset of which all is held back
 - what the format cannot say (edited captions, pictures from the graph, the trigger, …) stands there as a comment
 - read back, it gives the same concepts and samples wherever there is no such comment
 """
@@ -9,8 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,10 @@ WRITTEN = {  # options that have a key; all others become a comment where they a
     ImageOptions: {*IMAGE_KEYS.values(), *COLOUR_AUG, "crop"},
 }
 THEIR_LARGEST = 1024  # max_bucket_reso of sd-scripts where a file does not say
+STYLES = {  # keys that make a dataset another kind for sd-scripts, and what it refuses beside them
+    "conditioning_data_dir": ("metadata_file", "class_tokens", "is_reg", "alpha_mask", "random_crop"),
+    "metadata_file": ("is_reg",),
+}
 LIST_TYPES = (".json", ".jsonl")
 
 
@@ -58,16 +65,63 @@ def to_toml(dataset: Dataset) -> str:
     if len(lost) == len(dataset.samples):
         raise DatasetError("no picture of the dataset is in a file; save the pictures to a folder first")
     top = Table(comments=_lost("pictures from the graph are left out", lost))
+    samples = [sample for sample in dataset.samples if isinstance(sample.picture, FilePicture)]
+    filled = {(sample.concept, _place_of(sample)) for sample in samples}
+    homes = {sample.id: _home(sample, dataset, filled) for sample in samples}
+    homeless = [sample.id for sample in samples if homes[sample.id] is None]
+    top.comments += _lost("validation images without the folder they were held back from", homeless)
     for index, concept in enumerate(dataset.concepts):
-        samples = [sample for sample in dataset.samples if sample.concept == index and sample.id not in lost]
-        if concept.kind == "validation":
-            top.comments += _lost("validation images are left out", [sample.id for sample in samples])
-        elif samples:
-            for size in concept.resolutions:
-                key = (concept.group, repr(concept.buckets), concept.batch_size, size)
-                table = datasets.setdefault(key, _dataset_table(concept, size))
-                table.subsets += _subset_tables(concept, samples)
+        members = [sample for sample in samples if homes[sample.id] == index]
+        if not members:
+            continue
+        subsets = list(_subset_tables(concept, members, sum(sample.concept == index for sample in members)))
+        if concept.kind == "training" and concept.validation_split and len(subsets) > 1:
+            top.comments += _lost("validation_split holds back other pictures: it counts per folder in", [concept.name])
+        for size in concept.resolutions:
+            for style in dict.fromkeys(map(_style, subsets)):
+                _place([subset for subset in subsets if _style(subset) == style], concept, size, datasets)
     return "\n".join(_lines(top, [datasets[key] for key in sorted(datasets, key=lambda key: key[0])]))
+
+
+def _home(sample: Sample, dataset: Dataset, filled: set[tuple[int, str]]) -> int | None:
+    """The concept that a sample is written with: what was held back, with that which it was held back from.
+
+    ``filled`` says which concepts have pictures in which places.
+    """
+    held = dataset.of(sample)
+    if not (held.kind == "validation" and held.validation_split):
+        return sample.concept
+    for index, concept in enumerate(dataset.concepts):
+        if concept.kind == "training" and (index, _place_of(sample)) in filled:
+            twin = replace(concept, kind=held.kind, repeats=held.repeats, samples_per_epoch=held.samples_per_epoch)
+            if twin == held:
+                return index
+    return None
+
+
+def _place(subsets: Sequence[Table], concept: Concept, size: Size, datasets: dict[tuple, Table]) -> None:
+    """Put the subsets into a dataset of those options; a folder that is there already would be ignored."""
+    part = 1.0 if concept.kind == "validation" else concept.validation_split
+    places = {_place_key(subset) for subset in subsets}
+    options = (concept.group, repr(concept.buckets), concept.batch_size, size, part, concept.validation_seed)
+    for number in count():
+        key = (*options, _style(subsets[0]), number)
+        if key not in datasets:
+            datasets[key] = _dataset_table(concept, size, part)
+            if any(other != key and other[: len(options)] == options for other in datasets):
+                datasets[key].comments.append("apart from another of these options: sd-scripts cannot have both in one")
+        if places.isdisjoint(map(_place_key, datasets[key].subsets)):
+            datasets[key].subsets += subsets
+            return
+
+
+def _style(subset: Table) -> str:
+    """What kind of dataset the subset makes it: sd-scripts tells them apart by their keys and mixes none."""
+    return next((key for key in STYLES if key in subset.values), "")
+
+
+def _place_key(subset: Table) -> tuple[Any, Any]:
+    return subset.values.get("image_dir"), subset.values.get("metadata_file")
 
 
 def _lost(what: str, names: Sequence[str]) -> list[str]:
@@ -91,11 +145,14 @@ def _comments(table: Table) -> Iterator[str]:
         yield "# " + "".join(character if character.isprintable() else " " for character in comment)
 
 
-def _dataset_table(concept: Concept, size: Size) -> Table:
+def _dataset_table(concept: Concept, size: Size, validation: float) -> Table:
     options, usual = concept.buckets, BucketOptions()
     values: dict[str, Any] = {"resolution": list(size) if size[0] != size[1] else size[0]}
     if concept.batch_size is not None:
         values["batch_size"] = concept.batch_size
+    if validation:
+        values["validation_split"] = float(validation)
+        values["validation_seed"] = concept.validation_seed
     values["enable_bucket"] = options.enabled
     values["bucket_reso_steps"] = options.step
     comments = _unwritten(options)
@@ -158,20 +215,28 @@ def _options_table(concept: Concept, pictures: int) -> Table:
     return table
 
 
-def _subset_tables(concept: Concept, samples: Sequence[Sample]) -> Iterator[Table]:
-    """One subset for each list of captions, and one for each folder."""
+def _place_of(sample: Sample) -> str:
+    """The list of captions a sample is in, or else its folder."""
+    path = sample.caption_path or ""
+    return path if path.lower().endswith(LIST_TYPES) else os.path.dirname(_path(sample))
+
+
+def _subset_tables(concept: Concept, samples: Sequence[Sample], trained: int) -> Iterator[Table]:
+    """One subset for each list of captions, and one for each folder; ``trained`` of the samples are not held back."""
     by_place: dict[str, list[Sample]] = {}
     for sample in samples:
-        path = sample.caption_path or ""
-        place = path if path.lower().endswith(LIST_TYPES) else os.path.dirname(_path(sample))
-        by_place.setdefault(place, []).append(sample)
+        by_place.setdefault(_place_of(sample), []).append(sample)
     for place, members in by_place.items():
-        options = _options_table(concept, len(samples))
+        options = _options_table(concept, trained)
         is_list = place.lower().endswith(LIST_TYPES)
         named = _of_list(Path(place), members, concept) if is_list else _of_folder(place, members)
         boxes = [s.id for s in members if s.focus and not _box_in_name(s, concept)]
         lost = [*named.comments, *_lost("no key for the focus boxes", boxes), *options.comments]
-        yield Table({**named.values, **options.values}, lost)
+        table = Table({**named.values, **options.values}, lost)
+        style = _style(table)
+        refused = [key for key in STYLES.get(style, ()) if key in table.values]
+        table.comments += _lost(f"sd-scripts refuses beside {style}", refused)
+        yield table
 
 
 def _path(sample: Sample) -> str:
@@ -181,7 +246,7 @@ def _path(sample: Sample) -> str:
 
 def _box_in_name(sample: Sample, concept: Concept) -> bool:
     assert isinstance(sample.picture, FilePicture)
-    return bool(concept.images.zoom) and focus_in_name(os.path.basename(_path(sample)), sample.picture) == sample.focus
+    return concept.images.zoom is not None and focus_in_name(sample.picture) == sample.focus
 
 
 def _of_folder(folder: str, samples: Sequence[Sample]) -> Table:
@@ -219,9 +284,12 @@ def _of_list(path: Path, samples: Sequence[Sample], concept: Concept) -> Table:
     bases = [path.parent, *Path(_path(samples[0])).parents]
     base = next((base for base in bases if all(_row(listed_rows, one, base) for one in samples)), path.parent)
     table = Table({"metadata_file": str(path), "image_dir": str(base)})
-    if any(sample.mask for sample in samples):
-        _add_masks(table, samples)
     named = [(sample, _row(listed_rows, sample, base)) for sample in samples]
+    in_list = [sample.id for sample, row in named if row and row.mask is not None]
+    if in_list:
+        table.comments += _lost("masks that the list names, where sd-scripts reads none", in_list)
+    elif any(sample.mask for sample in samples):
+        _add_masks(table, samples)
     edited = [sample.id for sample, row in named if row is None or joined(row, concept) != sample.caption]
     table.comments += _lost("captions that were edited and are not in the list", edited)
     if len(listed_rows) > len(samples):

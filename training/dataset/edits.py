@@ -14,13 +14,13 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .model import CaptionOptions, Dataset, DatasetError, FilePicture, GraphPicture, Picture, Sample, Size, listed, some
+from .model import CaptionOptions, Dataset, DatasetError, GraphPicture, Sample, Size, listed, some
 from .tag_text import name_of, tags
 
 CAPTION_MODES = {
@@ -96,11 +96,13 @@ def update(
     if captions is not None:
         notes.append(_caption_note(len(ids), reworded, captions_mode))
     if images is not None:
-        notes += _image_note(ids, images, images_mode)
+        notes.append(_image_note(ids, images_mode))
     if masks is not None:
-        notes += _mask_note([new for _, new in changed], dataset)
+        notes.append(f"{some(masks, 'mask')} set")
     elif pictures is not None:
         notes += _lost_transparency(dataset, changed)
+    given_images = dict(zip(ids, images, strict=True)) if images is not None and pictures is not None else {}
+    notes += doubts(dataset, given_images, [new for _, new in changed] if masks is not None else [])
     return dataset.with_samples(samples, *(f"update: {note}" for note in notes))
 
 
@@ -214,14 +216,20 @@ def _caption_note(given: int, changed: int, mode: str) -> str:
     return f"{changed} caption{'s' * (changed != 1)} {done}{same}"
 
 
-def _image_note(ids: Sequence[str], images: Sequence[Tensor], mode: str) -> Iterator[str]:
+def _image_note(ids: Sequence[str], mode: str) -> str:
     if mode == "skip":
-        yield f"{some(ids, 'image')} given but not used: images_mode is skip"
-        return
-    yield f"{some(ids, 'image')} {'replaced' if mode == 'replace' else 'added'}"
-    far = [name for name, image in zip(ids, images, strict=True) if _overshoot(image) > OVERSHOOT]
+        return f"{some(ids, 'image')} given but not used: images_mode is skip"
+    return f"{some(ids, 'image')} {'replaced' if mode == 'replace' else 'added'}"
+
+
+def doubts(dataset: Dataset, images: Mapping[str, Tensor], masked: Sequence[Sample]) -> Iterator[str]:
+    """What of the images given, and of the samples with a new mask, is hardly meant so."""
+    far = [name for name, image in images.items() if _overshoot(image) > OVERSHOOT]
     if far:
         yield f"images with values outside 0 to 1, which were cut off: {listed(far)}"
+    idle = [sample.id for sample in masked if _learns_nothing(sample, dataset)]
+    if idle:
+        yield f"masks that leave nothing of the picture to learn: {listed(idle)}; light is learned, dark is not"
 
 
 def _overshoot(image: Tensor) -> float:
@@ -229,25 +237,14 @@ def _overshoot(image: Tensor) -> float:
     return max(-low, high - 1)
 
 
-def _mask_note(masked: Sequence[Sample], dataset: Dataset) -> Iterator[str]:
-    yield f"{some(masked, 'mask')} set"
-    idle = [sample.id for sample in masked if _learns_nothing(sample, dataset)]
-    if idle:
-        yield f"masks that leave nothing of the picture to learn: {listed(idle)}; light is learned, dark is not"
-
-
 def _lost_transparency(dataset: Dataset, changed: Sequence[tuple[Sample, Sample]]) -> Iterator[str]:
     lost = [
         new.id
         for old, new in changed
-        if dataset.of(old).images.alpha_mask and _transparent(old.picture) and not _transparent(new.picture)
+        if dataset.of(old).images.alpha_mask and old.picture.transparent and not new.picture.transparent
     ]
     if lost:
         yield f"images without the transparency that was their mask (alpha_mask): {listed(lost)}; connect masks too"
-
-
-def _transparent(picture: Picture) -> bool:
-    return picture.header.transparent if isinstance(picture, FilePicture) else picture.pixels.shape[2] == 4
 
 
 def _learns_nothing(sample: Sample, dataset: Dataset) -> bool:

@@ -1,7 +1,8 @@
 """What lies in a dataset's folder: pictures, the files that go with them, and what has no business there.
 
-- ``find`` looks at names only: pictures, captions (``cat.txt``, ``cat.caption`` beside ``cat.png``) and masks
-  (``cat-masklabel.png`` as OneTrainer names them, or a picture of the same name in a sub-folder ``mask`` or ``masks``)
+- ``find`` looks at names only: pictures, captions (``cat.txt``, ``cat.caption`` beside ``cat.png``, and beside
+  ``cat_300_200_120_80.png``, a face in it) and masks (``cat-masklabel.png`` as OneTrainer names them, or a picture of
+  the same name in a sub-folder ``mask`` or ``masks``)
 - condition images, control folders and videos are refused by name; hidden files and linked folders are left out
 - ``Places`` turns the paths that TOML and JSON files hold into files, and none into a file that may not be read
 """
@@ -9,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ CAPTION_TYPES = (".txt", ".caption")
 MASK_LABEL, CONDITION_LABEL = "-masklabel", "-condlabel"
 MASK_FOLDERS = ("mask", "masks")
 CONTROL_FOLDERS = ("_controls", "condition", "conditioning", "conditions", "control", "controls")
+BOXED = re.compile(r"(.+)((?:_[0-9]{1,6}){4})", re.DOTALL)  # names that a face detector has put its box behind
 LONGEST_PATH = 4096
 
 
@@ -95,7 +98,8 @@ def find(folder: Path, deep: bool = True, caption_types: tuple[str, ...] = CAPTI
     found = Found(folder, images, notes=notes)
     stems = {name: stem(name) for name in images}
     for name, own in stems.items():
-        found.captions[name] = names.captions.get(own, [])
+        boxed = BOXED.fullmatch(own)  # sd-scripts takes the caption of the picture that the face was found in
+        found.captions[name] = names.captions.get(own) or names.captions.get(boxed[1] if boxed else own, [])
         found.masks[name] = names.masks.get(own, [])
     pictured = set(stems.values())
     lonely = [mask.name for of, masks in sorted(names.masks.items()) if of not in pictured for mask in masks]
@@ -181,6 +185,8 @@ def _walk(folder: Path, below: str, deep: bool, caption_types: tuple[str, ...], 
             else:
                 names.below.append(name)
             continue
+        if not entry.is_file() and _exists(entry):
+            continue  # a pipe or a device: opening it would wait for ever
         here, type_ = os.path.splitext(name)
         type_ = type_.lower()
         if type_ in image_types():
@@ -196,6 +202,10 @@ def _walk(folder: Path, below: str, deep: bool, caption_types: tuple[str, ...], 
             names.videos.append(name)
         elif type_ in IMAGE_TYPES or type_ in OTHER_IMAGE_TYPES:
             names.unsupported.append(name)
+
+
+def _exists(entry: os.DirEntry[str]) -> bool:
+    return os.path.exists(entry.path)  # False for a link to nowhere, which is named when it is read
 
 
 def _file(entry: os.DirEntry[str]) -> File:

@@ -49,13 +49,19 @@ def open_folder(
         count, tokens = repeats[group] or (None, "")
         if count is not None:
             concept = dataclasses.replace(concept, repeats=Fraction(count), samples_per_epoch=None)
-            if defaults.samples_per_epoch:
-                notes.append(f"samples_per_epoch has no effect on {concept.name}: its name sets the repeats")
+            idle = [name for name in ("samples_per_epoch", "repeats") if getattr(defaults, name) not in (None, 1)]
+            notes += [f"{name} has no effect on {concept.name}: its name sets the repeats" for name in idle]
         entries += list(entries_of(found, names, len(concepts), tokens))
         concepts.append(concept)
     others = sorted({name.split("/")[0] if "/" in name else name for name in groups.get("", ())})
     if others and len(concepts) > 1:
         notes.append(f"not called like 10_name, so shown as often as the loader says: {listed(others)}")
+    deeper = {"/".join(name.split("/")[:-1]) for name in groups.get("", ()) if _repeats(_parent(name))}
+    if deeper and subfolders == "repeats":
+        notes.append(
+            f"names of folders count only directly in the chosen one, so these set nothing: {listed(sorted(deeper))}; "
+            "choose the folder around them"
+        )
     return read(folder, concepts, entries, access, if_unreadable, notes)
 
 
@@ -73,6 +79,10 @@ def _groups(found: Found) -> dict[str, list[str]]:
         first = name.split("/")[0] if "/" in name else ""
         groups.setdefault(first if _repeats(first) else "", []).append(name)
     return {group: names for group, names in groups.items() if names}
+
+
+def _parent(name: str) -> str:
+    return name.rpartition("/")[0].rpartition("/")[2]
 
 
 def _repeats(name: str) -> tuple[int, str] | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .edits import update
+from .edits import doubts, update
 from .images import decode_mask
 from .model import Concept, Dataset, DatasetError, GraphPicture, Picture, Sample, some
 from .pixels import whole
@@ -35,7 +35,8 @@ def dataset_of(
     empty = GraphPicture(torch.zeros(1, 1, 3))
     samples = tuple(Sample(name, empty, text) for name, text in zip(names, texts, strict=True))
     filled = update(Dataset(SOURCE, (concept,), samples), names, images=images, masks=masks)
-    return dataclasses.replace(filled, notes=())
+    notes = doubts(filled, dict(zip(names, images, strict=True)), filled.samples if masks is not None else [])
+    return dataclasses.replace(filled, notes=tuple(notes))
 
 
 def _captions(texts: Sequence[str], count: int) -> list[str]:

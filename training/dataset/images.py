@@ -41,6 +41,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by Exif orientation
+TAIL = 1024  # bytes at the end of a file in which its end mark is looked for
 SIDEWAYS = (5, 6, 7, 8)  # Exif orientations that swap width and height
 # what files begin with that are no pictures for us: (bytes, where, what)
 OTHERS = (
@@ -87,7 +88,10 @@ def _formats() -> tuple[str, ...]:
 
 
 def read_header(path: str | Path) -> Header:
-    """What the header tells; of the pixels nothing is read, save for a PNG with metadata behind them."""
+    """What the header tells; an OSError where the end of the file is missing.
+
+    Of the pixels nothing is read, save for a PNG with metadata behind them and a file that seems to be cut short.
+    """
     with open(path, "rb") as file:
         image = _open(file)
         if image.format == "TIFF":
@@ -101,7 +105,7 @@ def read_header(path: str | Path) -> Header:
             width, height = height, width
         key = image.info.get("transparency")
         see_through = min(key, default=255) < 255 if isinstance(key, bytes) else key is not None
-        return Header(
+        header = Header(
             width,
             height,
             format=_format(image),
@@ -112,6 +116,10 @@ def read_header(path: str | Path) -> Header:
             bits=_bits(image, file),
             jpeg_quality=_jpeg_quality(image),
         )
+        cut_short = _seems_cut_short(image, file)
+    if cut_short:
+        upright(path)  # says whether it is
+    return header
 
 
 def decode(path: str | Path, least: Size | None = None) -> Image.Image:
@@ -247,6 +255,39 @@ def _jpeg_quality(image: Image.Image) -> int | None:
     if not tables or len(tables.get(0, ())) != 64:
         return None
     return int(np.abs(_jpeg_tables() - np.array(tables[0])).sum(1).argmin()) + 1
+
+
+def _seems_cut_short(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether the end of the file is missing, as far as lengths and end marks tell; of PNGs ``_png_chunks`` tells."""
+    size = file.seek(0, io.SEEK_END)
+    if image.format in ("JPEG", "MPO"):
+        file.seek(max(0, size - TAIL))
+        return b"\xff\xd9" not in file.read()
+    if image.format == "GIF":
+        file.seek(max(0, size - TAIL))
+        return not file.read().rstrip(b"\0").endswith(b";")
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        pairs = [(tags.get(places, ()), tags.get(lengths, ())) for places, lengths in ((273, 279), (324, 325))]
+        return any(place + length > size for pair in pairs for place, length in zip(*pair, strict=False))
+    if image.format == "AVIF":
+        return _end_of_boxes(file, size) > size
+    file.seek(0)
+    head = file.read(8)
+    if image.format == "WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 > size
+    return image.format == "BMP" and int.from_bytes(head[2:6], "little") > size
+
+
+def _end_of_boxes(file: BinaryIO, size: int) -> int:
+    """Where the last box of an AVIF ends by its own account."""
+    place = 0
+    while place < size:
+        file.seek(place)
+        head = file.read(16)
+        length = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+        place = place + length if length >= 8 else size  # 0: to the end
+    return place
 
 
 def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from .batches import TRAINED, place
+from .batches import place_all
 from .lint_captions import CaptionCheck
 from .lint_images import PIXEL_RULES, pixel_findings, score
 from .lint_knowledge import TagKnowledge
@@ -38,7 +38,7 @@ def lint(
 ) -> list[Finding]:
     """Findings, the most serious first. ``progress(done, total)`` is called for each decoded picture and may raise."""
     limits = thresholds if isinstance(thresholds, Limits) else parse_limits(thresholds or "")
-    items = (*place(dataset, TRAINED, batch_size), *place(dataset, ("validation",)))
+    items = place_all(dataset, batch_size)
     check = CaptionCheck(dataset, limits, knowledge or TagKnowledge())
     looked = full and limits.on(*PIXEL_RULES)
     scores, faults = score(dataset, items, limits.on("D031", "D032"), progress) if looked else ({}, {})

@@ -14,6 +14,7 @@ from typing import Any
 
 from .balancing import table
 from .batches import BatchPlan, Item
+from .buckets import kept_part
 from .lint_captions import title
 from .lint_rules import Finding, Limits, finding
 from .model import Dataset, FilePicture, GraphPicture, listed, some
@@ -115,7 +116,8 @@ def _sizes(dataset: Dataset, limits: Limits, items: tuple[Item, ...]) -> Iterato
         sample = dataset.samples[item.sample]
         scale = max(item.resized[side] / sample.size[side] for side in (0, 1))
         scales[sample.id] = max(scale, scales.get(sample.id, 0))
-        part = 1 - item.bucket[0] * item.bucket[1] / (item.resized[0] * item.resized[1])
+        # compared as it is told: nothing is "more than 10% (up to 10%)", as every 3:2 photograph would be
+        part = round(float(1 - kept_part(sample.size, item.bucket)), 2)
         lost[sample.id] = max(part, lost.get(sample.id, 0))
     error, warn = limits.of("D021", "error"), limits.of("D021", "warn")
     for level, above, upto in (("error", error, math.inf), ("warn", warn, error)):

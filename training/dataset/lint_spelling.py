@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 from .lint_captions import EXAMPLES, Caption, CaptionCheck, most_common
 from .lint_knowledge import TagKnowledge
@@ -24,7 +25,13 @@ NO_IMPLICATION = re.compile(r"(?:no|non|without|not) .*|.* print")
 NOT_ITS_END = {"hot dog", "corn dog", "prairie dog", "teddy bear", "gummy bear", "sea horse", "rocking horse",
                "sea cow", "guinea pig", "sea lion", "flying fox", "dragon fruit", "crescent moon", "computer mouse",
                "paper crane", "bird house", "dog house", "green house"}  # fmt: skip
+# words of captions one letter from each other, of which neither is a mistake; shorter ones are never taken for one
+NEIGHBOURS = set("beach bench beast breast black blank books boots brown crown clown glass grass green greek horse "
+                 "house pants paints plants short shirt skirt shorts shirts skirts stars stairs steam stream tower "
+                 "towel watch witch wings rings strings braid brand".split())  # fmt: skip
+LEAST_LETTERS = 5
 COLOURS = "red|blue|green|brown|blonde|orange|purple|pink|yellow|aqua"
+FIGURE = re.compile(r"\d\+?(?:girl|boy|other)s?|multiple (?:girls|boys|others)|group|duo|couple")
 CONTRADICTIONS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -35,8 +42,13 @@ CONTRADICTIONS = tuple(
         r"(day|daytime)|(night|nighttime)",
         rf"(monochrome|greyscale|grayscale)|((?:{COLOURS}) (?:hair|eyes|background|shirt|skirt|dress|skin))",
         r"(white background)|(black background|outdoors)",
+    )
+)
+OF_ONE_FIGURE = tuple(  # where there are several, each may be true of another one
+    re.compile(pattern)
+    for pattern in (
         r"(closed mouth)|(open mouth)",
-        r"(bald)|((?:\w+ )+hair)",
+        r"(bald)|((?:\w+ )*(?!(?:facial|chest|body|arm|leg|armpit|pubic) )\w+ hair)",
         r"(barefoot)|(shoes|boots|sneakers)",
         r"(long hair|very long hair)|(short hair|very short hair)",
     )
@@ -138,7 +150,7 @@ def _typing(check: CaptionCheck) -> Iterator[Finding]:
         for name in caption.names:
             if counts[name] == 1 and len(name) >= 5 and name not in check.knowledge.counts:
                 candidates = {other for part in _shortened(name) for other in near.get(part, ())}
-                candidates = {other for other in candidates if one_letter_apart(name, other)}
+                candidates = {other for other in candidates if one_letter_apart(name, other) and unlikely(name, other)}
                 if candidates:
                     meant[name] = max(candidates, key=lambda other: (counts[other], other))
         if meant:
@@ -165,13 +177,23 @@ def one_letter_apart(one: str, other: str) -> bool:
     return a[1:] == b[1:] or a[1:] == b or a == b[1:] or exchanged
 
 
+def unlikely(name: str, other: str) -> bool:
+    """Whether two tags one letter apart can hardly both be meant, as "red hat" and "red cat" can."""
+    pairs = [pair for pair in zip_longest(name.split(), other.split(), fillvalue="") if pair[0] != pair[1]]
+    if len(pairs) > 1:  # a space more or less
+        return True
+    return min(map(len, pairs[0])) >= LEAST_LETTERS and not set(pairs[0]) <= NEIGHBOURS
+
+
 # -- contradictions and unknown tags
 
 
 def _contradictions(check: CaptionCheck) -> Iterator[Finding]:
     details = {}
     for caption in check.tagged:
-        for rule in CONTRADICTIONS:
+        figures = [name for name in caption.names if FIGURE.fullmatch(name)]
+        several = len(figures) > 1 or figures and not figures[0].startswith("1")
+        for rule in CONTRADICTIONS if several else CONTRADICTIONS + OF_ONE_FIGURE:
             matches = [match for name in caption.names if (match := rule.fullmatch(name))]
             one, other = (next((match[0] for match in matches if match[side]), None) for side in (1, 2))
             if one and other:

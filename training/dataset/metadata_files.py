@@ -4,7 +4,7 @@
 - JSONL, one object per line: ``image_path`` (or ``file_name``), ``caption`` (or ``text``), ``tags``
 - tags follow the caption, and each of its lines where one line is shown; a mask may be named beside them
 - paths are relative to the folder of the file, or to the one given, and may lack their extension
-- errors say the line or the entry; what is there and not used becomes a note
+- errors say the line or the entry; what is there and not used becomes a note, but condition images are refused
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .reading import Entry, read
 PATHS = ("image_path", "file_name", "path", "image")
 CAPTIONS = ("caption", "text")
 MASKS = ("mask_path", "mask")
+CONDITIONS = ("condition", "control")  # how the keys of condition images begin
 SIZES = ("image_size", "train_resolution", "resolution")  # the files say it better
 EXAMPLE = '{"cat.png": {"caption": "a cat"}}'
 LARGEST = 256 << 20  # bytes of a file that is read at once
@@ -160,6 +161,11 @@ def _row(value: Any, path: str | None, where: str) -> Row:
         if not names:
             raise DatasetError(f"{where} has no {PATHS[0]}; write which image it is about")
         path = _text(value[names[0]], f"{where}, {names[0]}")
+    conditions = [name for name in value if name.lower().startswith(CONDITIONS) and value[name]]
+    if conditions:
+        raise DatasetError(
+            f"{where}: {listed(conditions)} is for edit or control training, which this trainer does not do; remove it"
+        )
     known = (*PATHS, *CAPTIONS, *MASKS, *SIZES, "tags")
     caption = next((value[name] for name in CAPTIONS if value.get(name) is not None), "")
     mask = next((value[name] for name in MASKS if value.get(name) is not None), None)

@@ -84,6 +84,10 @@ class FilePicture:
         return self.header.height
 
     @property
+    def transparent(self) -> bool:
+        return self.header.transparent
+
+    @property
     def fingerprint(self) -> str:
         return f"{self.size} {self.mtime_ns} {self.header}"
 
@@ -104,6 +108,10 @@ class GraphPicture:
     @property
     def height(self) -> int:
         return self.pixels.shape[0]
+
+    @property
+    def transparent(self) -> bool:
+        return self.pixels.shape[2] == 4
 
     @cached_property
     def fingerprint(self) -> str:
@@ -266,6 +274,11 @@ class ImageOptions:
         )
 
     @property
+    def focused(self) -> bool:
+        """Whether the focus box of a picture counts."""
+        return self.crop == "focus" or self.zoom is not None
+
+    @property
     def varies(self) -> bool:
         """Whether variations differ in more than being mirrored."""
         colour = self.brightness or self.contrast or self.saturation or self.hue
@@ -289,6 +302,8 @@ class Concept:
     loss_weight: float = 1.0
     batch_size: int | None = None  # where a file of the user's says so; else the trainer's
     group: int = 0  # batches never mix pictures of two groups; 0 is common to datasets that are combined
+    validation_split: float = 0.0  # the part of its pictures that was held back: whoever writes this down needs it
+    validation_seed: int = 0
     buckets: BucketOptions = field(default_factory=BucketOptions)
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     images: ImageOptions = field(default_factory=ImageOptions)

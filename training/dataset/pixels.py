@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .augmentation import View, recolour, turn, view_of
 from .colour import to_srgb
-from .images import decode_mask, upright
+from .images import MOST_PIXELS, decode_mask, upright
 from .model import Dataset, DatasetError, FilePicture, GraphPicture, ImageOptions, Picture, Sample, Size
 
 if TYPE_CHECKING:
@@ -52,8 +53,15 @@ def load(dataset: Dataset, item: Item, variation: int, seed: int) -> Pixels:
     sample = dataset.samples[item.sample]
     options = dataset.of(sample).images
     view = view_of(sample, item, options, variation, seed)
+    _check_scaled(sample, view)
     image, alpha = _flat(sample.picture, options.background, view.resized, sample.id)
-    mask = _mask(sample, alpha if options.alpha_mask else None, options, view)
+    masks = _masks(sample, alpha if options.alpha_mask else None)
+    mask = _weights(masks, options, view)
+    if options.crop == "random" and _is_empty(mask):
+        view = _moved_onto(masks[0], options, view)  # a crop beside the mask would teach nothing
+        mask = _weights(masks, options, view)
+    if _is_empty(mask):
+        raise _nothing_to_learn(sample)
     shown = _shown(image, view)[0].permute(1, 2, 0).contiguous()
     return Pixels(recolour(shown, view), mask, view.resized, view.shown_crop)
 
@@ -157,22 +165,45 @@ def _shown(pixels: Tensor, view: View) -> Tensor:
 # -- masks
 
 
-def _mask(sample: Sample, alpha: Tensor | None, options: ImageOptions, view: View) -> Tensor | None:
-    """Weights of the loss: floor + (1 − floor) · mask. ``invert_mask`` is about the mask picture, if there is one."""
+def _masks(sample: Sample, alpha: Tensor | None) -> list[Tensor]:
+    """Those of the whole picture, each (1, 1, height, width) of any size; the mask picture's first."""
     own = None if sample.mask is None else _mask_picture(sample, sample.mask)
-    masks = [_shown(mask, view)[0, 0] for mask in (own, alpha) if mask is not None]
+    return [mask for mask in (own, alpha) if mask is not None]
+
+
+def _weights(masks: list[Tensor], options: ImageOptions, view: View) -> Tensor | None:
+    """Weights of the loss: floor + (1 − floor) · mask. ``invert_mask`` is about the mask picture, if there is one."""
     if not masks:
         return None
-    first = 1 - masks[0] if options.invert_mask else masks[0]
-    mask = first if len(masks) == 1 else first * masks[1]
-    mask = options.mask_floor + (1 - options.mask_floor) * mask
-    if not bool(mask.any()):
-        whose = f"the mask {_name(sample.mask, sample.id)}" if sample.mask else f"the transparency of {sample.id}"
-        raise DatasetError(
-            f"{whose} leaves nothing of {sample.id} to learn in the part that is trained: check the mask and "
-            f"invert_mask, set mask_floor above 0, or choose a crop that shows what is masked"
-        )
-    return mask.contiguous()
+    shown = [_shown(mask, view)[0, 0] for mask in masks]
+    first = 1 - shown[0] if options.invert_mask else shown[0]
+    mask = first if len(shown) == 1 else first * shown[1]
+    return (options.mask_floor + (1 - options.mask_floor) * mask).contiguous()
+
+
+def _is_empty(mask: Tensor | None) -> bool:
+    """Less than half a level anywhere is what rounding leaves of black."""
+    return mask is not None and float(mask.max()) < 0.5 / 255 and float(mask.min()) < 1e-6
+
+
+def _moved_onto(mask: Tensor, options: ImageOptions, view: View) -> View:
+    """The view with its crop around the first of the places that count most."""
+    levels = mask[0, 0]
+    place = int(levels.argmin() if options.invert_mask else levels.argmax())
+    at = place % levels.shape[1] / levels.shape[1], place // levels.shape[1] / levels.shape[0]
+    crop = []
+    for axis in (0, 1):
+        least, most = view.margin[axis], view.resized[axis] - view.bucket[axis] - view.margin[axis]
+        crop.append(min(max(round(at[axis] * view.resized[axis] - view.bucket[axis] / 2), least), most))
+    return dataclasses.replace(view, crop=(crop[0], crop[1]))
+
+
+def _nothing_to_learn(sample: Sample) -> DatasetError:
+    whose = f"the mask {_name(sample.mask, sample.id)}" if sample.mask else f"the transparency of {sample.id}"
+    return DatasetError(
+        f"{whose} leaves nothing of {sample.id} to learn in the part that is trained: check the mask and "
+        f"invert_mask, set mask_floor above 0, or choose a crop that shows what is masked"
+    )
 
 
 def _mask_picture(sample: Sample, mask: Picture) -> Tensor:
@@ -203,6 +234,16 @@ def _name(picture: Picture | None, otherwise: str) -> str:
 
 def _undecodable(picture: FilePicture, error: Exception) -> DatasetError:
     return DatasetError(f"{picture.path} cannot be decoded ({error}): save it again or remove it")
+
+
+def _check_scaled(sample: Sample, view: View) -> None:
+    """A thread of a picture would be scaled to gigabytes, of which next to nothing is shown."""
+    (width, height), (wide, tall), bucket = sample.size, view.resized, view.bucket
+    if wide * tall > MOST_PIXELS:
+        raise DatasetError(
+            f"{sample.id} is {width}×{height}: to fill its bucket of {bucket[0]}×{bucket[1]} it would have to be "
+            f"scaled to {wide}×{tall}; crop it or leave it out"
+        )
 
 
 def _check_size(picture: FilePicture, size: Size) -> None:

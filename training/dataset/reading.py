@@ -3,11 +3,13 @@
 - only headers and captions are read here, in a few threads; pixels are read when they are needed
 - every fault that a name, a header or a caption shows is found now: all of them together, or left out as asked
 - a picture without a caption gets its class tokens, or the trigger alone; where there is neither, that is an error
+- a focus box is in the name of the picture, as in cat_300_200_120_80.png: its centre and size in pixels
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from .files import File, check_links, stem
+from .files import BOXED, File, check_links, stem
 from .images import read_header
 from .model import SHOWN, Access, Box, Concept, Dataset, DatasetError, FilePicture, Sample, listed, some
 
@@ -42,7 +44,6 @@ class Entry:
     class_tokens: str = ""
     mask: File | None = None
     caption_path: str | None = None
-    boxed: bool = False  # its name ends in the focus box, as in cat_300_200_120_80.png: centre and size in pixels
 
 
 class Unreadable(ValueError):
@@ -62,26 +63,26 @@ def read(
         raise DatasetError(f"if_unreadable is {if_unreadable!r}, expected one of {', '.join(IF_UNREADABLE)}")
     for entry in entries:
         check_links([entry.image, *entry.captions, *([entry.mask] if entry.mask else [])], access)
-    found_notes = [*notes, *_without_caption(source, concepts, entries)]
 
     samples: list[Sample] = []
+    readable: list[Entry] = []
     faults: list[str] = []
     seen: Counter[str] = Counter()
     with ThreadPoolExecutor(THREADS) as pool:
         portions = [entries[start : start + PORTION] for start in range(0, len(entries), PORTION)]
-        for outcome in chain.from_iterable(pool.map(_samples_or_faults, portions)):
+        outcomes = chain.from_iterable(pool.map(_samples_or_faults, portions))
+        for entry, outcome in zip(entries, outcomes, strict=True):
             if isinstance(outcome, str):
                 faults.append(outcome)
             else:
-                samples.append(_unique(outcome, seen))
+                readable.append(entry)
+                samples.append(_unique(_focused(outcome, concepts[outcome.concept]), seen))
     if faults and (if_unreadable == "error" or not samples):
         raise DatasetError(f"{source}: {some(faults, 'file')} cannot be used:\n" + "\n".join(faults[:SHOWN]))
+    found_notes = [*notes, *_without_caption(source, concepts, readable)]
     found_notes += [f"left out: {fault}" for fault in faults[:SKIPPED_SHOWN]]
     if len(faults) > SKIPPED_SHOWN:
         found_notes.append(f"left out for such reasons: {some(faults[SKIPPED_SHOWN:], 'more file')}")
-    empty = [sample.id for sample in samples if not sample.caption and not concepts[sample.concept].captions.trigger]
-    if empty:
-        found_notes.append(f"empty captions, trained without a prompt: {listed(empty)}")
     return Dataset(str(source), tuple(concepts), tuple(samples), tuple(found_notes))
 
 
@@ -90,9 +91,11 @@ def _without_caption(source: Path, concepts: Sequence[Concept], entries: Sequenc
     bare = [entry for entry in entries if entry.text is None and not entry.captions]
     lost = [entry.name for entry in bare if not entry.class_tokens and not concepts[entry.concept].captions.trigger]
     if lost:
+        class_only = any(concepts[entry.concept].kind == "regularisation" for entry in bare if entry.name in lost)
+        instead = "give the class (class_tokens, or a folder called 1_person)" if class_only else "set a trigger"
         raise DatasetError(
             f"{source}: {some(lost, 'image')} of {len(entries)} without a caption: {listed(lost)}; "
-            f"write each caption into a text file of the same name, e.g. {stem(lost[0])}.txt, or set a trigger"
+            f"write each caption into a text file of the same name, e.g. {stem(lost[0])}.txt, or {instead}"
         )
     named: dict[str, list[str]] = {}
     for entry in bare:
@@ -126,8 +129,7 @@ def _sample(entry: Entry) -> Sample:
             f"{entry.name} is {picture.width}×{picture.height} and its mask {mask.path} {mask.width}×{mask.height}: "
             "give the mask the shape of the picture"
         )
-    focus = focus_in_name(entry.name, picture) if entry.boxed else None
-    return Sample(entry.name, picture, caption, entry.concept, mask, focus, caption_path)
+    return Sample(entry.name, picture, caption, entry.concept, mask, caption_path=caption_path)
 
 
 def _picture(file: File, name: str) -> FilePicture:
@@ -162,12 +164,19 @@ def read_caption(file: File) -> str:
         raise Unreadable(f"{file.name} cannot be read ({error.strerror}): check the file") from error
 
 
-def focus_in_name(name: str, picture: FilePicture) -> Box | None:
+def _focused(sample: Sample, concept: Concept) -> Sample:
+    """The sample with the box in its name, where the options ask for one: elsewhere four numbers may be a date."""
+    if not concept.images.focused or not isinstance(sample.picture, FilePicture):
+        return sample
+    return dataclasses.replace(sample, focus=focus_in_name(sample.picture))
+
+
+def focus_in_name(picture: FilePicture) -> Box | None:
     """The box of a face where a detector wrote it into the name: ``…_<centre x>_<centre y>_<width>_<height>``."""
-    parts = stem(name).split("_")
-    if len(parts) < 5 or not all(part.isascii() and part.isdigit() for part in parts[-4:]):
+    match = BOXED.fullmatch(stem(os.path.basename(picture.path)))
+    if match is None:
         return None
-    x, y, width, height = map(int, parts[-4:])
+    x, y, width, height = map(int, match[2].split("_")[1:])
     box = (
         max(0.0, (x - width / 2) / picture.width),
         max(0.0, (y - height / 2) / picture.height),

@@ -19,10 +19,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .batches import Item, place
+from .balancing import with_still_validation
+from .batches import Item, place_all
 from .captions import shown
 from .draws import Draws
-from .model import KINDS, Concept, Dataset, DatasetError, Size, some
+from .model import Concept, Dataset, DatasetError, Size, some
 from .pixels import Pixels, load_many
 
 Colour = tuple[int, int, int]
@@ -68,7 +69,8 @@ def contact_sheet(
         raise DatasetError(f"limit is {limit}, expected 1 to {MOST}; further images are on further pages")
     if not 1 <= columns <= 24:
         raise DatasetError(f"columns is {columns}, expected 1 to 24")
-    items = place(dataset, tuple(KINDS), batch_size)
+    dataset = with_still_validation(dataset)
+    items = place_all(dataset, batch_size)
     pages = max(1, -(-len(items) // limit))
     if not 1 <= page <= pages:
         raise DatasetError(f"page is {page}, expected 1 to {pages} with a limit of {limit}")

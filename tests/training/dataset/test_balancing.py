@@ -1,6 +1,7 @@
 """Repeats per concept, equal shares, the table of both, and pictures held back for validation."""
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -144,7 +145,7 @@ def test_the_part_is_exact_and_both_sides_are_apart(files, count, part):
     result = split_validation(dataset, part, 0)
     assert len(held(result)) == min(max(int(part * count + 0.5), 1), count - 1)
     assert [sample.id for sample in result.samples] == [sample.id for sample in dataset.samples]
-    assert result.concepts[0] == dataset.concepts[0] and len(result.concepts) == 2
+    assert result.concepts[0] == replace(dataset.concepts[0], validation_split=part) and len(result.concepts) == 2
     twin = result.concepts[1]
     assert (twin.kind, twin.repeats, twin.name, twin.images) == ("validation", 1, "cats", dataset.concepts[0].images)
     assert f"{len(held(result))} image" in result.notes[-1]
@@ -197,7 +198,8 @@ def test_copies_come_before_the_exact_part(files):
 def test_what_cannot_be_split_is_noted(files):
     same = {"a": ("x", 0), "b": ("x", 0)}
     result = split_validation(files(same), 0.5, 0)
-    assert held(result) == set() and result.concepts == (Concept(name="cats", repeats=Fraction(3)),)
+    assert held(result) == set()
+    assert result.concepts == (Concept(name="cats", repeats=Fraction(3), validation_split=0.5),)
     assert result.notes == (
         "nothing held back for validation of cats: its pictures are copies of each other or of regularisation",
     )

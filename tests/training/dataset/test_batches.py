@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_loom.training.dataset.batches import BatchPlan, Item, apportioned, place
+from lora_loom.training.dataset.batches import BatchPlan, Item, apportioned, place, place_all
 from lora_loom.training.dataset.buckets import choose_bucket, cover
 from lora_loom.training.dataset.model import (
     BucketOptions,
@@ -226,6 +226,26 @@ def test_one_small_picture_at_two_resolutions_is_one_picture():
     plan = BatchPlan(made((3, {"resolutions": ((64, 64), (96, 96)), "buckets": buckets}), sizes=(40, 40)), 4, 0)
     assert {item.bucket for item in plan.items} == {(40, 40)} and len(plan.items) == 6
     assert [len({plan.items[shown.item].sample for shown in batch}) for batch in plan.epoch(0)] == [3, 3]
+
+
+def test_a_picture_that_is_listed_twice_is_one_picture():
+    """A folder in two subsets, with captions or repeats of their own."""
+    dataset = made((4, {}), (4, {"repeats": Fraction(2)}), sizes=(64, 64))
+    ones, others = dataset.samples[:4], dataset.samples[4:]
+    twins = [dataclasses.replace(twin, picture=one.picture) for one, twin in zip(ones, others, strict=True)]
+    plan = BatchPlan(dataset.with_samples((*ones, *twins)), 4, 0)
+    pictures = [[plan.dataset.samples[plan.items[shown.item].sample].picture for shown in b] for b in plan.epoch(0)]
+    assert [len(set(batch)) for batch in pictures] == [4, 4, 4]
+    assert plan.batches_in(1) == 3
+
+
+def test_validation_pictures_move_none_that_are_trained():
+    for seed in range(20):
+        both = made((12, {}), (6, {"kind": "validation"}), seed=seed)
+        placed = {item.sample: item for item in place_all(both, 4)}
+        alone = place(both.with_samples(both.samples[:12]), batch_size=4)
+        assert [placed[item.sample] for item in alone] == list(alone) and len(placed) == 18
+        assert all(placed[item.sample] == item for item in place(both.with_samples(both.samples), ("validation",)))
 
 
 # ---------------------------------------------------------------- turns and variations

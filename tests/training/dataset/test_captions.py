@@ -177,6 +177,8 @@ def test_the_trigger_stays_in_front(separator, prefix):
 def test_the_trigger_counts_as_kept():
     assert reached("b, c", trigger="a", keep_tokens=1, shuffle=True) == {"a, b, c", "a, c, b"}
     assert reached("b, c", trigger="a", keep_tokens=2, shuffle=True) == {"a, b, c"}
+    whole = "photo of a man ohwx, man"
+    assert text("b, c", trigger="ohwx, man", prefix="photo of a man", tag_dropout=1) == whole
     found = reached("b, c", trigger="a", prefix="x ||| ", keep_tokens_separator="|||", shuffle=True)
     assert found == {"x, a, b, c", "x, a, c, b"}
 
@@ -273,7 +275,7 @@ def test_tags_are_dropped_one_by_one():
     for written in ("miku (vocaloid)", r"miku \(vocaloid\)"):  # one tag, as everywhere else
         for listed in ("miku (vocaloid)", r"miku \(*\)"):
             assert "miku" in text(f"{written}, cat", tag_dropout=1, never_drop=(listed,))
-            assert not notes_of(f"{written}, cat", CaptionOptions(tag_dropout=0.5, never_drop=(listed,)))
+            assert not notes(dataset(f"{written}, cat", tag_dropout=0.5, never_drop=(listed,)))
 
 
 def test_brackets_are_text_unless_weighted():
@@ -373,6 +375,18 @@ def test_options_with_an_effect_are_not():
 def test_what_no_caption_has_is_named(options, caption, expected):
     [note] = notes(dataset(caption, **options))
     assert expected in note
+
+
+def test_empty_captions_are_named():
+    [note] = notes(dataset("a", "", " \n"))
+    assert note == "empty captions, trained without a prompt: 1.png, 2.png"
+    for options in ({"trigger": "x"}, {"prefix": "x"}, {"suffix": "x"}):
+        assert notes(dataset("a", "", **options)) == []
+
+
+def test_wildcards_of_a_configuration_need_no_lines():
+    """``enable_wildcard`` stands for both, and who has no lines is not told about an option that has no key."""
+    assert notes(dataset("{a|b} c", wildcards=True, lines="random")) == []
 
 
 def test_notes_name_the_concept_and_come_once():

@@ -316,6 +316,18 @@ def test_what_is_nearer_wins_and_the_loader_comes_last(tmp_path):
     assert "samples_per_epoch has no effect on subsets that set num_repeats" in dataset.notes
 
 
+def test_the_loader_says_which_line_where_the_file_does_not(tmp_path):
+    put(tmp_path, "cats/a.png")
+
+    def lines(key, asked):
+        [concept] = opened(tmp_path, ONE.format("", key), Concept(captions=CaptionOptions(lines=asked))).concepts
+        return concept.captions.lines
+
+    assert [lines("", asked) for asked in ("all", "first", "random")] == ["first", "first", "random"]
+    assert [lines("enable_wildcard = false", asked) for asked in ("all", "random")] == ["first", "first"]
+    assert lines("enable_wildcard = true", "first") == "random"
+
+
 def test_regularisation_gets_no_trigger(tmp_path):
     put(tmp_path, "cats/a.png")
     put(tmp_path, "reg/a.png")
@@ -361,6 +373,10 @@ def test_caption_extensions(tmp_path):
     both = opened(tmp_path, ONE.format("caption_extension = ['.tags', '.txt', '.caption']", ""))
     assert list(samples(both).values()) == ["from txt", "from caption", "from tags"]
     refuses(tmp_path, ONE.format("", ""), "1 image of 3 without a caption: cats/c.png")
+    passed_by = "datasets[0].subsets[0]: caption_extension is .tags, which passes by a.txt, b.caption; correct it or le"
+    refuses(tmp_path, ONE.format("", "caption_extension = 'tags'"), passed_by)
+    spared = opened(tmp_path, ONE.format("", f"{tokens}caption_extension = 'tags'"))
+    assert any(note.startswith(passed_by) for note in spared.notes)
 
 
 def test_pictures_below_the_folder_are_left_out_as_in_sd_scripts(tmp_path):
@@ -385,6 +401,8 @@ def test_focus_boxes_in_names_as_the_face_detector_writes_them(tmp_path):
         "cats/x_0_900_900_2_2.png": None,
     }
     assert all(sample.focus is None for sample in opened(tmp_path, ONE.format("", "")).samples)
+    focused = opened(tmp_path, ONE.format("", ""), Concept(images=ImageOptions(crop="focus")))
+    assert {sample.id: sample.focus for sample in focused.samples} == focus
 
 
 def test_subsets_of_no_repeats_are_left_out(tmp_path):
@@ -417,6 +435,7 @@ def test_validation_split(tmp_path):
     for index in range(20):
         Image.new("RGB", (64, 48), (index, 0, 0)).save(tmp_path / f"cats/{index}.png")
     put_many(tmp_path, "reg", 3)
+    put_many(tmp_path, "watched", 2)
     subsets = ONE.format("{}", "") + "[[datasets.subsets]]\nimage_dir = 'reg'\nis_reg = true\n"
     text = subsets.format("validation_split = 0.2\nvalidation_seed = 3")
     dataset = opened(tmp_path, text)
@@ -430,7 +449,9 @@ def test_validation_split(tmp_path):
     leaking = opened(tmp_path, text + subsets.format(""))
     assert len(leaking.members("validation")) == 4 and len(leaking.members("training")) == 36
     assert "validation images that another dataset of the file trains on: " in leaking.notes[-1]
-    refuses(tmp_path, ONE.format("validation_split = 1.0", ""), "validation_split is 1.0, expected 0 (none) to below 1")
+    watched = opened(tmp_path, text + subsets.replace("cats", "watched").format("validation_split = 1"))
+    assert [concept.kind for concept in watched.concepts[2:4]] == ["validation", "regularisation"]
+    refuses(tmp_path, ONE.format("validation_split = 1.1", ""), "validation_split is 1.1, expected 0 (none) to 1 (all)")
 
 
 # ---------------------------------------------------------------- what is wrong is named with its place
@@ -482,6 +503,10 @@ WRONG = [
     (ONE.format("resolution = 10000000", ""), "datasets[0].resolution is 10000000, expected a size"),
     (ONE.format("resolution = 0", ""), "datasets[0].resolution is 0, expected a size"),
     (ONE.format("enable_bucket = true\nmin_bucket_reso = 16", ""), "min_bucket_reso is 16, expected at least"),
+    (
+        ONE.format("enable_bucket = true\nmin_bucket_reso = 256\nmax_bucket_reso = 128", ""),
+        "datasets[0].subsets[0]: min_bucket_reso is 256, expected at most max_bucket_reso (128)",
+    ),
     (ONE.format("network_multiplier = 0.5", ""), "datasets[0].subsets[0]: network_multiplier is 0.5", "remove the key"),
     ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "datasets[0].subsets[0] has neither image_dir nor"),
     (ONE.format("", "").replace("cats", "dogs"), "datasets[0].subsets[0].image_dir: there is no folder 'dogs'"),

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lora_loom.training.dataset.balancing import split_validation
+from lora_loom.training.dataset.combining import combine
 from lora_loom.training.dataset.config_writing import to_toml
 from lora_loom.training.dataset.model import (
     Access,
@@ -143,12 +145,54 @@ def test_lists_of_captions_and_masks_come_back(tmp_path):
         "conditioning_data_dir = 'masks'\n",
     )
     text = to_toml(dataset)
-    assert "#" not in text and same(opened(tmp_path / "again.toml", text), dataset)
+    assert comments(dataset) == ["# sd-scripts refuses beside conditioning_data_dir: metadata_file"]
+    assert same(opened(tmp_path / "again.toml", text), dataset)
     less = dataclasses.replace(dataset, samples=(dataclasses.replace(dataset.samples[0], caption="edited"),))
     assert comments(less) == [
         "# captions that were edited and are not in the list: pics/deep/a.png",
         "# entries of the list that are not in the dataset: 1",
+        "# sd-scripts refuses beside conditioning_data_dir: metadata_file",
     ]
+    rows = {f"{name}.png": {"caption": name, "mask": f"../masks/{name.split('/')[-1]}.png"} for name in ("deep/a", "b")}
+    (tmp_path / "pics/meta.json").write_text(json.dumps(rows))
+    dataset = opened(tmp_path / "pics/meta.json", defaults=Concept(name="pics", captions=CaptionOptions(lines="first")))
+    assert comments(dataset) == ["# masks that the list names, where sd-scripts reads none: deep/a.png, b.png"]
+    again = opened(tmp_path / "again.toml", to_toml(dataset))
+    assert [s.mask for s in again.samples] == [s.mask for s in dataset.samples] and dataset.samples[0].mask
+
+
+def test_sd_scripts_finds_no_two_kinds_of_subsets_in_a_dataset(tmp_path):
+    for name in ("plain/a.png", "masked/a.png", "masks/a.png", "listed/a.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (64, 48)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a")
+    (tmp_path / "listed/meta.json").write_text('{"a.png": "a"}')
+    mixed = "".join(
+        f"[[datasets.subsets]]\n{values}\n"
+        for values in (
+            "image_dir = 'plain'",
+            "image_dir = 'masked'\nconditioning_data_dir = 'masks'\nalpha_mask = true",
+            "metadata_file = 'listed/meta.json'\nis_reg = true",
+        )
+    )
+    dataset = opened(tmp_path / "set.toml", "[[datasets]]\n" + mixed)
+    written = toml.loads(to_toml(dataset))["datasets"]
+    assert [sorted({"conditioning_data_dir", "metadata_file"} & set(s)) for d in written for s in d["subsets"]] == [
+        [],
+        ["conditioning_data_dir"],
+        ["metadata_file"],
+    ]
+    assert [len(d["subsets"]) for d in written] == [1, 1, 1]
+    apart = "# apart from another of these options: sd-scripts cannot have both in one"
+    assert [line for line in comments(dataset) if "sd-scripts " in line] == [
+        apart,
+        "# sd-scripts refuses beside conditioning_data_dir: alpha_mask",
+        apart,
+        "# sd-scripts refuses beside metadata_file: is_reg",
+    ]
+    again = opened(tmp_path / "again.toml", to_toml(dataset))
+    assert [s.mask for s in again.samples] == [s.mask for s in dataset.samples]
+    assert [c.kind for c in again.concepts] == [c.kind for c in dataset.concepts]
 
 
 def comments(dataset):
@@ -169,12 +213,12 @@ def test_what_the_format_cannot_say_is_a_comment(folder):
     first, second = dataset.samples
     focused = dataclasses.replace(first, caption="edited", focus=(0.1, 0.1, 0.9, 0.9), mask=second.picture)
     from_graph = dataclasses.replace(second, id="g", picture=GraphPicture(torch.zeros(8, 8, 3)))
-    other = dataclasses.replace(concept, kind="validation")
+    other = dataclasses.replace(concept, kind="validation", validation_split=0.5)
     held = dataclasses.replace(first, id="v", concept=1)
     mixed = dataclasses.replace(dataset, concepts=(concept, other), samples=(focused, from_graph, held))
     assert comments(mixed) == [
         "# pictures from the graph are left out: g",
-        "# validation images are left out: v",
+        "# validation images without the folder they were held back from: v",
         "# no key for max_aspect = 2.0",
         "# no key for merge = False",
         "# sd-scripts caps buckets at 1024; for all of these: max_bucket_reso = 1448",
@@ -214,6 +258,36 @@ def test_several_folders_sizes_and_counts_become_several_tables(folder):
     lines = comments(dataset)
     assert "# num_repeats is exactly 9/4 = 2.25; sd-scripts takes whole numbers" in lines
     assert "# without a caption: 1/d.png" in lines
+
+
+def test_validation_comes_back_as_it_was(tmp_path):
+    names = [f"{folder}/{index}.png" for folder in ("0", "1", "watched") for index in range(7)]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    subset = "[[datasets.subsets]]\nimage_dir = '{}'\n"
+    text = "[[datasets]]\nvalidation_split = 0.3\nvalidation_seed = 5\n" + subset.format("0") + subset.format("1")
+    for more in ("", "[[datasets]]\nvalidation_split = 1.0\n" + subset.format("watched")):
+        dataset = opened(tmp_path / "set.toml", text + more)
+        written = to_toml(dataset)
+        assert len(dataset.members("validation")) == (11 if more else 4) and "#" not in written
+        assert same(opened(tmp_path / "set.toml", written), dataset)
+    whole = split_validation(
+        opened(tmp_path, defaults=Concept(name="x", captions=CaptionOptions(lines="first"))), 0.2, 0
+    )
+    assert comments(whole) == ["# validation_split holds back other pictures: it counts per folder in: x"]
+    kept = dataset.with_samples(sample for sample in dataset.samples if dataset.of(sample).kind == "validation")
+    assert comments(kept)[0].startswith("# validation images without the folder they were held back from: 0/")
+
+
+def test_a_folder_that_is_used_twice_is_written_twice(folder):
+    plain, flipped = (
+        opened(folder / "0", defaults=Concept(captions=CaptionOptions(lines="first"), images=ImageOptions(flip=flip)))
+        for flip in (False, True)
+    )
+    text = to_toml(combine([plain, flipped]))
+    assert [c.images.flip for c in opened(folder / "base.toml", text).concepts] == [False, True]
 
 
 def test_nothing_in_a_name_or_caption_becomes_toml(tmp_path):

@@ -99,6 +99,24 @@ def test_masks_are_counted_and_idle_options_noted():
     assert "\n1 mask\n" in text and "note: keep_tokens" in text
 
 
+def test_image_options_without_effect_are_noted():
+    asked = ImageOptions(crop="focus", zoom=(1.0, 2.0), alpha_mask=True, mask_floor=0.1, invert_mask=True)
+    given = dataset((64, 64), concept=replace(PLAIN, name="cats", images=asked))
+    notes = [line for line in describe(given).splitlines() if line.startswith("note: cats: ")]
+    assert [note[12:].split(",")[0].split(":")[0] for note in notes] == [
+        "crop focus and zoom without effect",
+        "alpha_mask has no effect",
+        "mask_floor and invert_mask without effect",
+    ]
+    unbucketed = replace(PLAIN, buckets=BucketOptions(enabled=False, step=8, max_aspect=2.0, upscale=False))
+    off = "note: max_aspect and upscale without effect: bucketing is off"
+    assert off in describe(dataset((64, 64), concept=unbucketed)).splitlines()
+    fitting = replace(
+        given.samples[0], focus=(0.1, 0.1, 0.5, 0.5), picture=GraphPicture(torch.ones(64, 64, 4)), mask=None
+    )
+    assert "note: cats" not in describe(given.with_samples([fitting]))
+
+
 def test_many_buckets_are_cut_short():
     sizes = [(64, 64 + 16 * n) for n in range(12)] + [(64 + 16 * n, 64) for n in range(1, 12)]
     text = describe(dataset(*sizes, caption="one"))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_loom.training.dataset.edits import CAPTION_MODES, IMAGE_MODES, update
+from lora_loom.training.dataset.graph import dataset_of
 from lora_loom.training.dataset.model import (
     CaptionOptions,
     Concept,
@@ -328,3 +329,12 @@ def test_a_hundred_thousand_tags_take_no_time():
     caption = ", ".join(f"tag_{index}" for index in random.Random(0).sample(range(100_000), 100_000))
     assert len(tags(canonical(caption))) == 100_000
     assert move_first(caption, "tag_7").startswith("tag_7, ")
+
+
+def test_a_dataset_of_the_graph_says_what_is_odd_about_its_pictures():
+    given = dataset_of([torch.full((8, 8, 3), 2.0)], ["a"], [torch.zeros(8, 8)], Concept())
+    assert given.notes == (
+        "images with values outside 0 to 1, which were cut off: image-0001",
+        "masks that leave nothing of the picture to learn: image-0001; light is learned, dark is not",
+    )
+    assert dataset_of([torch.ones(8, 8, 3)], ["a"], None, Concept()).notes == ()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_loom.training.dataset.describe import describe
 from lora_loom.training.dataset.images import IMAGE_TYPES, image_types
-from lora_loom.training.dataset.model import Access, CaptionOptions, Concept, DatasetError
+from lora_loom.training.dataset.model import Access, CaptionOptions, Concept, DatasetError, ImageOptions
 from lora_loom.training.dataset.opening import open_dataset
 
 SMALL = Concept(resolutions=((64, 64),))
@@ -96,10 +97,19 @@ def test_captions(tmp_path):
         "twice.png": "same",
         "upper.png": "shouting",
     }
-    assert dataset.notes == ("empty captions, trained without a prompt: empty.png",)
+    assert "empty captions, trained without a prompt: empty.png" in describe(dataset)
     (tmp_path / "twice.txt").write_text("another")
     message = refuses(tmp_path, "twice.png has different captions in ", "remove one of them")
     assert "twice.txt" in message and "twice.caption" in message
+
+
+def test_a_damaged_file_is_not_asked_for_a_caption(tmp_path):
+    put(tmp_path, "good.png")
+    (tmp_path / "torn.png").write_bytes(b"")
+    assert "caption" not in refuses(tmp_path, "torn.png is no readable image")
+    assert [sample.id for sample in opened(tmp_path, if_unreadable="skip").samples] == ["good.png"]
+    put(tmp_path, "bare.png", caption=None)
+    refuses(tmp_path, "1 image of 2 without a caption: bare.png", if_unreadable="skip")
 
 
 def test_a_trigger_stands_in_for_missing_captions(tmp_path):
@@ -247,6 +257,7 @@ def test_plain_folders_mean_nothing(tmp_path):
 def test_names_of_folders_go_before_the_loader_and_say_so(tmp_path):
     put(tmp_path, "10_cat/a.png")
     put(tmp_path, "more/b.png")
+    assert "repeats has no effect on 10_cat: its name sets the repeats" in opened(tmp_path, Concept(repeats=3)).notes
     dataset = opened(tmp_path, Concept(samples_per_epoch=40, kind="regularisation"))
     assert [(c.samples_per_epoch, c.repeats, c.kind) for c in dataset.concepts] == [
         (40, 1, "regularisation"),
@@ -257,6 +268,26 @@ def test_names_of_folders_go_before_the_loader_and_say_so(tmp_path):
     for name in ("10_cat", "more"):
         (tmp_path / name).rename(tmp_path / f"0_{name}")
     refuses(tmp_path, "nothing but 0 repeats: 0_10_cat, 0_more; rename the folder")
+
+
+def test_folders_that_are_too_deep_to_set_repeats_are_named(tmp_path):
+    put(tmp_path, "img/10_cat/a.png")
+    put(tmp_path, "img/b.png")
+    assert [concept.repeats for concept in opened(tmp_path).concepts] == [1]
+    [note] = opened(tmp_path).notes
+    assert "these set nothing: img/10_cat; choose the folder around them" in note
+    assert opened(tmp_path, subfolders="plain").notes == ()
+
+
+def test_focus_boxes_in_names_count_where_they_are_asked_for(tmp_path):
+    put(tmp_path, "cat_32_24_16_12.png", caption=None)
+    (tmp_path / "cat.txt").write_text("a cat")  # of the picture that the face was found in
+    for images in (ImageOptions(crop="focus"), ImageOptions(zoom=(1.0, 2.0))):
+        [sample] = opened(tmp_path, Concept(images=images)).samples
+        assert sample.focus == (0.375, 0.375, 0.625, 0.625) and sample.caption == "a cat"
+    assert opened(tmp_path).samples[0].focus is None, "four numbers may be a date"
+    put(tmp_path, "cat_32_24_16_12.png", caption="a face")
+    assert captions(opened(tmp_path)) == {"cat_32_24_16_12.png": "a face"}
 
 
 # ---------------------------------------------------------------- what is refused
@@ -278,6 +309,8 @@ def test_images_without_a_caption(tmp_path):
         put(tmp_path, f"{index}.png", caption="x" if index == 0 else None)
     message = refuses(tmp_path, "7 images of 8 without a caption: 1.png, 2.png, 3.png, 4.png, 5.png and 2 more")
     assert message.endswith("write each caption into a text file of the same name, e.g. 1.txt, or set a trigger")
+    regularisation = Concept(kind="regularisation")
+    refuses(tmp_path, "or give the class (class_tokens, or a folder called 1_person)", defaults=regularisation)
 
 
 def test_images_that_share_a_caption_or_a_mask(tmp_path):
@@ -362,6 +395,15 @@ def test_links_are_followed_only_where_allowed(tmp_path, linked):
 def test_a_folder_outside_is_refused_before_it_is_read(tmp_path):
     message = refuses(tmp_path / "secret", access=NOWHERE_ELSE)
     assert message.endswith(f"is outside the dataset folders; name {tmp_path / 'secret'} in the host's settings")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_no_picture(tmp_path):
+    put(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "a.caption")
+    (tmp_path / "c.png").symlink_to(tmp_path / "b.png")
+    assert captions(opened(tmp_path)) == {"a.png": "a cat"}
 
 
 def test_many_pictures_keep_their_order(tmp_path):

@@ -501,6 +501,20 @@ def test_a_png_cut_short_is_found_by_its_header(tmp_path):
         read_header(path)
 
 
+@pytest.mark.parametrize("part", [0.6, 0.995])
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.avif", "a.gif", "a.bmp", "a.tiff"])
+def test_a_file_cut_short_is_found_when_it_is_opened(tmp_path, name, part):
+    """So that it can be left out then."""
+    path = put(tmp_path, name, PHOTO)
+    header = read_header(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    with pytest.raises((OSError, ValueError)):
+        read_header(path)
+    path.write_bytes(data + bytes(5000))  # something behind the end is no harm
+    assert read_header(path) == header
+
+
 def test_settings_of_pillow_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12345678)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)

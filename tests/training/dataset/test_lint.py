@@ -240,6 +240,13 @@ def test_crops():
     assert found(square, "D022").ids == ids(1, 2, 3)
 
 
+@pytest.mark.parametrize("size", [(600, 400), (6000, 4000), (1024, 683), (640, 427)])
+def test_what_is_cropped_is_compared_as_it_is_told(size):
+    """3:2 photographs lose a tenth, exactly or with the rounding of their sides: not more than 10%."""
+    assert not found(dataset([GOOD], pictures=[picture(*size)]), "D022")
+    assert "up to 10%" in found(dataset([GOOD], pictures=[picture(*size)]), "D022", thresholds="D022=0.09").message
+
+
 def test_buckets_cut_short():
     cut = found(varied(resolutions=((1024, 1024),), buckets=BucketOptions(max_side=1024)), "D023")
     assert "max_side 1024 is below 2× the resolution 1024" in cut.message and cut.concept == 0
@@ -409,6 +416,11 @@ def test_spellings():
         ("long hair, short hair", True),
         ("long hair, short hair ornament", False),
         ("white background, outdoors", True),
+        ("2girls, long hair, short hair", False),  # one each
+        ("1girl, 1boy, open mouth, closed mouth", False),
+        ("2girls, day, night", True),
+        ("1boy, bald, facial hair", False),
+        ("1boy, bald, long black hair", True),
     ],
 )
 def test_contradictions(caption, fires):
@@ -455,6 +467,12 @@ def test_typing_mistakes():
     assert not found(dataset(captions[1:]), "T023")
     assert not found(dataset(captions), "T023", knowledge=TagKnowledge(counts={"smilling": 3}))
     assert not found(dataset([*captions, "smilling, d"]), "T023")
+
+
+@pytest.mark.parametrize("often, once", [("blue skirt", "blue shirt"), ("red hat", "red cat"), ("boots", "books")])
+def test_words_that_differ_in_a_letter_are_no_mistakes(often, once):
+    """The fix would replace what is meant."""
+    assert not found(dataset([f"{often}, a"] * 5 + [f"{once}, b"]), "T023")
 
 
 def test_unknown_tags():

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from lora_loom.training.dataset import metadata_files
+from lora_loom.training.dataset.describe import describe
 from lora_loom.training.dataset.model import Access, CaptionOptions, Concept, DatasetError
 from lora_loom.training.dataset.opening import open_dataset
 
@@ -59,7 +60,8 @@ def test_kohyas_json(tmp_path, pretty):
         ("d.x.png", ""),
         ("e.png", "one, two"),
     ]
-    assert dataset.notes == ("empty captions, trained without a prompt: d.x.png",)
+    assert dataset.notes == ()
+    assert "empty captions, trained without a prompt: d.x.png" in describe(dataset)
     assert {sample.caption_path for sample in dataset.samples} == {str(path)}
     assert [concept.name for concept in dataset.concepts] == ["meta"]
 
@@ -145,6 +147,8 @@ WRONG = [
     ("[" * 100_000, "meta.json: nested too deeply"),
     ('{"a.png": ' + "9" * 5000 + "}", "meta.json: Exceeds the limit"),
     ('{"a.mp4": "x"}', "meta.json, 'a.mp4': 'a.mp4' is a video; save single frames as images"),
+    ('{"a.png": {"conditioning_image": "b.png"}}', "meta.json, 'a.png': conditioning_image is for edit or control"),
+    ('{"a.png": {"control_path": "b.png"}}', "control_path is for edit or control training, which this trainer does"),
     ('{"gone.png": "x"}', "meta.json, 'gone.png': there is no file 'gone.png' (looked for it in "),
     ('{"": "x"}', "meta.json, '': the path is empty; write one"),
     ('{"a.png": "x", "..": "x"}', "'..' is no name of a file"),

@@ -75,6 +75,14 @@ def fitting(picture, bucket):
     return Item(0, bucket, resized, ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2), 8)
 
 
+def test_a_thread_of_a_picture_is_named_before_it_fills_the_memory():
+    thread = GraphPicture(torch.zeros(1, 10000, 3))
+    dataset = Dataset("set", (Concept(resolutions=((1024, 1024),)),), (Sample("thread.png", thread, "x"),))
+    [item] = place(dataset)
+    with pytest.raises(DatasetError, match=r"thread.png is 10000×1: .* 5120000×512; crop it"):
+        load(dataset, item, 0, 0)
+
+
 # ---------------------------------------------------------------- scaling
 
 
@@ -427,6 +435,20 @@ def test_a_mask_of_another_aspect_is_named(tmp_path, photo):
     mask = grey_png(tmp_path, "mask.png", np.full((427, 600), 255))
     with pytest.raises(DatasetError, match=r"mask\.png is 600×427 and its picture .*a\.png is 640×427: they have to"):
         load(dataset(photo, mask), ITEM, 0, 0)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_a_random_crop_always_shows_something_of_the_mask(tmp_path, photo, invert):
+    """One place in a corner counts: most crops that are drawn miss it."""
+    levels = np.full((427, 640), 255 * invert)
+    levels[400:410, 10:20] = 255 - 255 * invert
+    made = dataset(photo, grey_png(tmp_path, "small.png", levels), crop="random", invert_mask=invert, rotate=5)
+    item = Item(0, (128, 128), (640, 427), (256, 149), 8)
+    for variation in range(8):
+        pixels = load(made, item, variation, 0)
+        assert pixels.mask.any() and pixels.crop[0] <= 20 + 10 and pixels.crop[1] >= 400 - 128 - 10
+    everywhere = dataset(photo, grey_png(tmp_path, "all.png", np.full((427, 640), 255)), crop="random")
+    assert len({load(everywhere, item, variation, 0).crop for variation in range(8)}) > 4
 
 
 def test_a_mask_that_leaves_nothing_is_named(tmp_path, photo):

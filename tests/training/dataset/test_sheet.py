@@ -57,6 +57,22 @@ def test_the_crops_are_those_that_are_trained():
     assert not torch.allclose(cell(page, 0)[30:], cell(page, 1)[30:], atol=0.1)
 
 
+def test_validation_pictures_are_where_and_what_they_are_in_a_run():
+    """Nothing random about them, and none of them fills the bucket of another."""
+    images = ImageOptions(crop="random", flip=True, brightness=0.5)
+    trained = replace(PLAIN, images=images)
+    kinds = ("training", "validation")
+    joined = combine([dataset((3 * CELL, 2 * CELL), concept=replace(trained, kind=kind)) for kind in kinds])
+    page = contact_sheet(joined)
+    [item] = place(joined, ("validation",))
+    plain = replace(joined, concepts=(trained, replace(PLAIN, kind="validation")))
+    shown = load(plain, item, 0, 0).image
+    width, height = sheet._thumbnail_size(item.bucket, page.shape[1])
+    small = shown.permute(2, 0, 1)[None]
+    small = torch.nn.functional.interpolate(small, (height, width), mode="area")[0].permute(1, 2, 0)
+    assert torch.allclose(cell(page, 1, width, height)[30:], small[30:], atol=0.03)
+
+
 def test_the_sheet_is_an_image_of_the_graph():
     page = contact_sheet(dataset((CELL, CELL)), columns=3)
     assert page.dtype == torch.float32 and page.ndim == 3 and page.shape[2] == 3
