@@ -1,19 +1,20 @@
 """What a run trains on, encoded span by span, while the model is not on loan.
 
 ``HostExamples`` implements ``training.loop.Examples``. Each presentation of a sample has a caption of its own where
-the captions vary; the texts of the coming steps are encoded ahead, and old ones go once they fill their budget.
+the captions vary; the texts and pictures of the coming steps are encoded ahead, and old ones go once they fill their
+budget.
 Every step asks ``ready`` first; ``prepare`` may move weights, so it runs outside the loan.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..training.dataset.balancing import with_still_validation
 from ..training.dataset.batches import BatchPlan, Item, Shown, place
 from ..training.dataset.captions import shown
 from ..training.dataset.draws import Draws
@@ -23,6 +24,7 @@ from .denoiser import Conditioning, encode_captions
 from .latents import EncodedPicture, check_sizes, encode_pictures
 
 TEXT_BUDGET = 1 << 30  # bytes of encoded captions kept
+PICTURE_BUDGET = 8 << 30  # bytes of latents kept beyond those of one span
 SPAN_STEPS = 2000  # how far ahead is encoded at most: further off, a stopped run would have encoded for nothing
 # distilled guidance is an input of some models; training at 1 teaches the model itself
 GUIDANCE = {"guidance": 1.0}
@@ -34,9 +36,10 @@ class HostExamples:
     def __init__(
         self, dataset: Dataset, order: BatchPlan, patcher: Any, clip: Any, vae: Any, accumulation: int, total_steps: int
     ) -> None:
-        self.dataset, self.order, self.clip = _with_still_validation(dataset), order, clip
+        self.dataset, self.order, self.clip = with_still_validation(dataset), order, clip
         self.accumulation, self.total_steps = accumulation, total_steps
-        check_sizes(dataset, order.items, vae)
+        self._held_out = place(self.dataset, ("validation",))
+        check_sizes(dataset, (*order.items, *self._held_out), vae)
         self._encode = lambda wanted, advance: encode_pictures(self.dataset, wanted, order.seed, patcher, vae, advance)
         self._pictures: dict[tuple[int, int], EncodedPicture] = {}
         self._texts: dict[str, tuple[Tensor, dict[str, Any]]] = {}
@@ -87,11 +90,13 @@ class HostExamples:
         self._drop_texts(texts, room)
         new_pictures = [key for key in pictures if key not in self._pictures]
         new_texts = [text for text in texts if text not in self._texts]
-        held_out = [] if self._validation is not None else list(place(self.dataset, ("validation",)))
+        held_out = () if self._validation is not None else self._held_out
         advance = begin(len(new_pictures) + len(new_texts) + len(held_out))
         self._texts |= encode_captions(self.clip, new_texts, advance)
         encoded = self._encode([(self.order.items[item], variation) for item, variation in new_pictures], advance)
         self._pictures.update(zip(new_pictures, encoded, strict=True))
+        if sum(picture.latent.nbytes for picture in self._pictures.values()) > PICTURE_BUDGET:
+            self._pictures = {key: self._pictures[key] for key in pictures}
         if self._validation is None:
             self._validation = self._encode_validation(held_out, advance)
 
@@ -146,17 +151,6 @@ class HostExamples:
         if any(self.dataset.of(sample).loss_weight != 1 for sample in samples):
             weights = torch.tensor([self.dataset.of(sample).loss_weight for sample in samples])
         return Batch(latents, conditioning, masks, weights)
-
-
-def _with_still_validation(dataset: Dataset) -> Dataset:
-    """Chance has no place in what is compared from one time to the next."""
-    concepts = (
-        dataclasses.replace(concept, captions=concept.captions.still, images=concept.images.still)
-        if concept.kind == "validation"
-        else concept
-        for concept in dataset.concepts
-    )
-    return dataclasses.replace(dataset, concepts=tuple(concepts))
 
 
 def _size(encoded: tuple[Tensor, dict[str, Any]]) -> int:

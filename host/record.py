@@ -15,6 +15,7 @@ from ..kernels.names import NameTable
 from ..kernels.safetensors_io import LoraModel
 from ..kernels.writing import to_state_dict
 from ..training.dataset.captions import tags
+from ..training.dataset.describe import options
 from ..training.dataset.model import Dataset
 from ..training.loop import Trainer
 from ..training.settings import Plan
@@ -78,6 +79,8 @@ def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> li
         old = before.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             found.extend(changes(old, value, f"{prefix}{name}."))
+        elif name == "fingerprint" and old != value:  # two hashes would tell nobody anything
+            found.append("the dataset's images, captions or options")
         elif old != value:
             found.append(f"{prefix}{name} {old!r} → {value!r}")
     return found
@@ -91,6 +94,7 @@ def recipe(request: Request) -> dict[str, Any]:
             "fingerprint": dataset.fingerprint(),
             "images": len(dataset.samples),
             "resolution": dataset.resolution,
+            "options": options(dataset),
         },
     }
 

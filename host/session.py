@@ -23,6 +23,7 @@ from ..kernels.reading import read_lora
 from ..kernels.safetensors_io import LoraModel
 from ..training.dataset.balancing import presentations_per_image
 from ..training.dataset.batches import BatchPlan
+from ..training.dataset.describe import notes as dataset_notes
 from ..training.loop import StepReport, Trainer, TrainingDivergedError, generator
 from ..training.settings import OptionError, Plan
 from . import record
@@ -60,7 +61,7 @@ def train(request: Request) -> Result:
     session = _prepare(request, run, patcher, notes)
     plan = request.plan
     order = BatchPlan(request.dataset, plan.batch_size, plan.seed)
-    session.notes.extend(order.notes())
+    session.notes.extend([*dataset_notes(request.dataset), *order.notes()])
     total = plan.steps_for(order.batches_in, presentations_per_image(request.dataset))
     examples = HostExamples(
         request.dataset, order, patcher, request.clip, request.vae, plan.optimizer.gradient_accumulation, total

@@ -243,6 +243,7 @@ class LoomDatasetLoader(io.ComfyNode):
 
 
 def _reported(dataset: Dataset, lint: str, node: str | None) -> io.NodeOutput:
+    """The dataset as a node hands it out: with its report, the findings and the badge."""
     if lint == "off":
         return io.NodeOutput(dataset, describe(dataset))
     findings = check(dataset, node, full=lint == "full")
@@ -261,6 +262,7 @@ class LoomDatasetFromImages(io.ComfyNode):
             category=f"{CATEGORY}/dataset",
             description="Makes a dataset of images, captions and masks that come out of the graph: a batch or a list.",
             search_aliases=["make dataset", "images to dataset", "lora dataset", "training images"],
+            hidden=[io.Hidden.unique_id],
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="A batch, or a list of images of any sizes."),
@@ -278,7 +280,7 @@ class LoomDatasetFromImages(io.ComfyNode):
                 *_concept_widgets(),
                 *_settings_sockets("caption_settings", "image_settings", "concept_settings"),
             ],
-            outputs=dataset_outputs("How many images there are and the sizes they are trained at."),
+            outputs=dataset_outputs("How many images there are, the sizes they are trained at, and what is wrong."),
         )
 
     @classmethod
@@ -308,7 +310,7 @@ class LoomDatasetFromImages(io.ComfyNode):
             settings,
         )
         dataset = split(dataset_of(frames(images) or [], captions, frames(masks), concept), settings)
-        return io.NodeOutput(dataset, describe(dataset))
+        return _reported(dataset, "quick", node_id(cls))
 
 
 class LoomCombineDatasets(io.ComfyNode):

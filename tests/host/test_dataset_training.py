@@ -135,6 +135,7 @@ def test_spans_of_any_length_give_the_same_bits(folder, parts, monkeypatch):
     whole = run(dataset, parts)
     monkeypatch.setattr(host_examples, "SPAN_STEPS", 1)
     monkeypatch.setattr(host_examples, "TEXT_BUDGET", 0)
+    monkeypatch.setattr(host_examples, "PICTURE_BUDGET", 0)
     in_pieces = run(dataset, parts)
     assert whole.losses == in_pieces.losses and same(whole.lora, in_pieces.lora)
     assert whole.losses != run(opened(folder, 64, 16), parts).losses
@@ -261,6 +262,43 @@ def test_validation_pictures_are_never_trained_and_their_loss_is_told(folder, pa
         trainer = Trainer(adapters, HostDenoiser(loan), examples, PLAN, 1)
         assert trainer.validation_loss([batch]) == pytest.approx(first, abs=6e-5)
         assert trainer.validation_loss([batch]) == trainer.validation_loss([batch])
+
+
+def test_the_report_carries_what_the_dataset_has_to_say(folder, parts):
+    plain = opened(folder, 64, 16)
+    captions = CaptionOptions(shuffle=True, separator=";")
+    dataset = with_options(plain.with_samples(plain.samples, "left out: torn.png"), captions=captions)
+    report = run(dataset, parts, dataclasses.replace(PLAN, length=1)).report
+    assert "note: left out: torn.png" in report
+    assert "shuffle: no caption has more than one tag" in report
+
+
+def test_a_run_that_goes_on_with_another_dataset_says_so(tmp_path, parts):
+    folder = images(tmp_path, count=3)
+    one = opened(folder, 64, 16)
+    run(one, parts, dataclasses.replace(PLAN, length=1), "another dataset", "error")
+    (folder / "0.txt").write_text("another caption")
+    two = with_options(opened(folder, 64, 16), captions=CaptionOptions(prefix="a"))
+    [changed] = [line for line in _went_on(two, parts, 2) if "changed" in line]
+    assert "length 1 → 2" in changed and "prefix 'a'" in changed
+    assert "the dataset's images, captions or options" in changed and one.fingerprint() not in changed
+    [changed] = [line for line in _went_on(two, parts, 3) if "changed" in line]
+    assert "dataset" not in changed
+
+
+def _went_on(dataset, parts, length):
+    plan = dataclasses.replace(PLAN, length=length)
+    return run(dataset, parts, plan, "another dataset", "continue").report.splitlines()
+
+
+def test_validation_pictures_have_to_fit_the_vae_too(folder, parts):
+    plain = opened(folder, 64, 16)
+    buckets = dataclasses.replace(plain.concepts[0].buckets, step=12)
+    held_out = dataclasses.replace(plain.concepts[0], kind="validation", resolutions=((60, 60),), buckets=buckets)
+    samples = [dataclasses.replace(sample, concept=int(index == 4)) for index, sample in enumerate(plain.samples)]
+    dataset = dataclasses.replace(plain, concepts=(*plain.concepts, held_out), samples=tuple(samples))
+    with pytest.raises(ValueError, match=r"would be trained at .* multiples of 8"):
+        prepared(dataset, parts)
 
 
 def test_micro_batches_of_one_step_are_prepared_together(folder, parts):

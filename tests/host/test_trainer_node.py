@@ -168,7 +168,7 @@ def test_the_metadata_tells_how_it_was_made(graph, family, version, architecture
         **{"modelspec.resolution": "64x64", "modelspec.prediction_type": prediction},
     }
     assert {key: told.get(key) for key in expected} == expected
-    assert json.loads(told["ss_tag_frequency"]) == {"dataset": {"zorb": 4, **{f"number {n}": 1 for n in range(4)}}}
+    assert json.loads(told["ss_tag_frequency"]) == {"zorb": {"zorb": 4, **{f"number {n}": 1 for n in range(4)}}}
     assert len(told["sshs_model_hash"]) == 64 and told["modelspec.hash_sha256"] == "0x" + told["sshs_model_hash"]
     recipe = json.loads(told["loom.recipe"])
     data = recipe.pop("dataset")
