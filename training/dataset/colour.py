@@ -42,6 +42,14 @@ def to_levels(image: Image.Image) -> Image.Image:
     return colours.getchannel(0) if colours.mode in ("L", "RGB") else colours.convert("RGB").getchannel(0)
 
 
+def check_mode(image: Image.Image) -> None:
+    """ValueError for pixels that cannot be told to be any colours."""
+    if image.mode in ("I", "F") and not _has_16_bits(image):
+        raise ValueError("its pixels have 32 bits, of unknown range; 8 or 16 are supported")
+    if image.mode == "LAB":
+        raise ValueError("its pixels are CIELAB: save it as RGB")
+
+
 def _has_16_bits(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # as older Pillows have it
 
@@ -70,10 +78,6 @@ def _without_alpha(image: Image.Image, gamma: float = 0.0) -> tuple[Image.Image,
         stored = np.asarray(image)
         grey = Image.fromarray(_levels(65536, gamma)[stored])
         return grey, None if key is None else Image.fromarray(np.where(stored == key, 0, 255).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits, of unknown range; 8 or 16 are supported")
-    if image.mode == "LAB":
-        raise ValueError("its pixels are CIELAB: save it as RGB")
     if isinstance(key, tuple) and max(key) > 255:  # of 16-bit colour, which Pillow has cut to its high bytes
         image = image.copy()
         image.info["transparency"] = tuple(level >> 8 for level in key)

@@ -107,6 +107,8 @@ def _image_notes(dataset: Dataset) -> list[str]:
 
 def _idle(concept: Concept, samples: Sequence[Sample]) -> Iterator[str]:
     options, buckets = concept.images, concept.buckets
+    if concept.kind == "validation" and (concept.repeats != 1 or concept.samples_per_epoch):
+        yield "repeats and samples_per_epoch without effect: validation images are never trained on"
     if not buckets.enabled:
         usual = BucketOptions(enabled=False, step=buckets.step)
         names = [field.name for field in dataclasses.fields(usual)]

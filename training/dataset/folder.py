@@ -21,7 +21,7 @@ SUBFOLDERS = {
     "repeats": "a folder called 10_name is shown 10 times per epoch",
     "plain": "names of folders mean nothing",
 }
-REPEATS = re.compile(r"([0-9]{1,4})_(.*)", re.DOTALL)  # more digits are a date
+REPEATS = re.compile(r"([0-9]{1,3})_(.*)", re.DOTALL)  # four digits are a year, more a date
 
 
 def open_folder(

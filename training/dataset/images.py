@@ -24,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from .colour import to_levels, to_srgb
+from .colour import check_mode, to_levels, to_srgb
 from .model import Header, Size
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -88,7 +88,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def read_header(path: str | Path) -> Header:
-    """What the header tells; an OSError where the end of the file is missing.
+    """What the header tells; an OSError where the end of the file is missing, a ValueError for unknown colours.
 
     Of the pixels nothing is read, save for a PNG with metadata behind them and a file that seems to be cut short.
     """
@@ -189,6 +189,7 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     if width * height > MOST_PIXELS:
         limit = MOST_PIXELS // 10**6
         raise ValueError(f"it has too many pixels: {width} × {height}, at most {limit} megapixels are read")
+    check_mode(image)
     return image  # type: ignore[return-value]
 
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from lora_loom.training.dataset.balancing import split_validation
 from lora_loom.training.dataset.combining import combine
 from lora_loom.training.dataset.describe import describe
 from lora_loom.training.dataset.model import (
@@ -111,6 +112,11 @@ def test_image_options_without_effect_are_noted():
     unbucketed = replace(PLAIN, buckets=BucketOptions(enabled=False, step=8, max_aspect=2.0, upscale=False))
     off = "note: max_aspect and upscale without effect: bucketing is off"
     assert off in describe(dataset((64, 64), concept=unbucketed)).splitlines()
+    held_out = replace(PLAIN, kind="validation", repeats=Fraction(3))
+    both = combine([dataset((64, 64)), dataset((64, 64), concept=held_out)])
+    assert "note: repeats and samples_per_epoch without effect: validation" in describe(both)
+    halved = split_validation(dataset(*[(64, 64 + n) for n in range(4)]), 0.5, 0)
+    assert "validation images are never" not in describe(halved)
     fitting = replace(
         given.samples[0], focus=(0.1, 0.1, 0.5, 0.5), picture=GraphPicture(torch.ones(64, 64, 4)), mask=None
     )

@@ -209,6 +209,7 @@ def test_kohya_folders(tmp_path):
     put(tmp_path, "3_a_b/c.png", caption=None)
     put(tmp_path, "0_unused/d.mp4.png", caption=None)
     put(tmp_path, "20240131_trip/e.png")
+    put(tmp_path, "2024_trip/h.png")
     put(tmp_path, "5/f.png")
     put(tmp_path, "g.png")
     dataset = opened(tmp_path)
@@ -222,6 +223,7 @@ def test_kohya_folders(tmp_path):
         "10_sks girl/deep/b.png": 1,
         "3_a_b/c.png": 2,
         "20240131_trip/e.png": 0,
+        "2024_trip/h.png": 0,
         "5/f.png": 0,
         "g.png": 0,
     }
@@ -230,7 +232,7 @@ def test_kohya_folders(tmp_path):
     assert texts["3_a_b/c.png"] == "a_b"
     assert dataset.notes == (
         "left out, 0 repeats: 0_unused",
-        "not called like 10_name, so shown as often as the loader says: 20240131_trip, 5, g.png",
+        "not called like 10_name, so shown as often as the loader says: 20240131_trip, 2024_trip, 5, g.png",
         "without a caption file, captioned 'sks girl': 10_sks girl/a.png",
         "without a caption file, captioned 'a_b': 3_a_b/c.png",
     )
