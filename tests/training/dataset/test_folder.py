@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+import threading
 import zlib
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_loom.training.dataset import reading
 from lora_loom.training.dataset.describe import describe
 from lora_loom.training.dataset.images import IMAGE_TYPES, image_types
 from lora_loom.training.dataset.model import Access, CaptionOptions, Concept, DatasetError, ImageOptions
@@ -414,3 +416,22 @@ def test_many_pictures_keep_their_order(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{index:03}.bmp")
         (tmp_path / f"{index:03}.txt").write_text(str(index))
     assert [sample.caption for sample in opened(tmp_path).samples] == [str(index) for index in range(300)]
+
+
+def test_a_slow_disk_is_read_in_threads_with_the_same_result(tmp_path, monkeypatch):
+    for index in range(100):
+        put(tmp_path, f"{index}.png")
+    (tmp_path / "70.png").write_bytes(b"no picture")
+    read, threads = reading._samples_or_faults, set()
+
+    def watched(entries):
+        threads.add(threading.get_ident())
+        return read(entries)
+
+    monkeypatch.setattr(reading, "_samples_or_faults", watched)
+    monkeypatch.setattr(reading, "WAITING", 1e9)
+    at_once = opened(tmp_path, if_unreadable="skip")
+    assert threads == {threading.get_ident()} and len(at_once.samples) == 99
+    monkeypatch.setattr(reading, "WAITING", 0.0)
+    assert opened(tmp_path, if_unreadable="skip") == at_once
+    assert len(threads) > 1
