@@ -115,6 +115,8 @@ def _idle(concept: Concept, samples: Sequence[Sample]) -> Iterator[str]:
         idle = [name for name in names if getattr(buckets, name) != getattr(usual, name)]
         if idle:
             yield f"{' and '.join(idle)} without effect: bucketing is off"
+    if options.flip and options.variations == 1:
+        yield "flip with variations 1: half of the images are only ever shown mirrored; set variations to 0 or 2"
     if options.focused and not any(sample.focus for sample in samples):
         asked = " and ".join(["crop focus"] * (options.crop == "focus") + ["zoom"] * (options.zoom is not None))
         yield (

@@ -60,7 +60,7 @@ def read(
     if_unreadable: str = "error",
     notes: Iterable[str] = (),
 ) -> Dataset:
-    """The dataset of these pictures; DatasetError names every file at fault, or those a link leads to."""
+    """The dataset of these pictures; DatasetError names the first files at fault and says how many there are."""
     if if_unreadable not in IF_UNREADABLE:
         raise DatasetError(f"if_unreadable is {if_unreadable!r}, expected one of {', '.join(IF_UNREADABLE)}")
     for entry in entries:

@@ -112,6 +112,9 @@ def test_image_options_without_effect_are_noted():
     unbucketed = replace(PLAIN, buckets=BucketOptions(enabled=False, step=8, max_aspect=2.0, upscale=False))
     off = "note: max_aspect and upscale without effect: bucketing is off"
     assert off in describe(dataset((64, 64), concept=unbucketed)).splitlines()
+    for variations, told in ((0, False), (1, True), (2, False)):
+        mirrored = replace(PLAIN, images=ImageOptions(flip=True, variations=variations))
+        assert ("only ever shown mirrored" in describe(dataset((64, 64), concept=mirrored))) == told
     held_out = replace(PLAIN, kind="validation", repeats=Fraction(3))
     both = combine([dataset((64, 64)), dataset((64, 64), concept=held_out)])
     assert "note: repeats and samples_per_epoch without effect: validation" in describe(both)
