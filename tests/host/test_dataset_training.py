@@ -18,6 +18,7 @@ from lora_loom.host.record import Request
 from lora_loom.host.session import train
 from lora_loom.training.dataset.batches import BatchPlan
 from lora_loom.training.dataset.model import CaptionOptions, Concept, ImageOptions
+from lora_loom.training.dataset.pixels import load
 from lora_loom.training.loop import Trainer, generator
 from lora_loom.training.settings import ObjectiveSettings, OptimizerSettings, Plan
 from training import adapters_for, opened
@@ -206,6 +207,24 @@ def test_every_variation_is_seen(folder, parts):
         seen.setdefault(member.item, []).append(latent)
     assert len(seen) == 5
     assert all(len(pair) == 2 and not torch.equal(*pair) for pair in seen.values())
+
+
+def test_size_conditioning_tells_of_the_crop_that_is_shown(folder, parts):
+    """What SDXL is told: the picture's own size, where the crop lies in the scaled picture, the bucket's size."""
+    dataset = with_options(opened(folder, 64, 64), images=ImageOptions(crop="random", flip=True, variations=4))
+    examples = prepared(dataset, parts, steps=20, batch=1)
+    crops = set()
+    for position in range(20):
+        [member], [condition] = examples.order.batch(position), examples.batch(position).conditioning
+        item = examples.order.items[member.item]
+        pixels = load(dataset, item, member.variation, examples.order.seed)
+        assert condition.original_size == dataset.samples[item.sample].size
+        assert (condition.crop, condition.target_size) == (pixels.crop, item.bucket)
+        arguments = condition.host_arguments()
+        assert (arguments["crop_w"], arguments["crop_h"]) == pixels.crop
+        assert (arguments["target_width"], arguments["target_height"]) == pixels.image.shape[1::-1]
+        crops.add(pixels.crop)
+    assert len(crops) > 5
 
 
 def test_several_resolutions_are_trained_at_once(folder, parts):
