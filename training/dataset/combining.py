@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from .model import Concept, Dataset, Sample
+from .model import Concept, Dataset, FilePicture, Sample, listed, some
 
 
 def combine(datasets: Sequence[Dataset]) -> Dataset:
@@ -36,4 +36,23 @@ def combine(datasets: Sequence[Dataset]) -> Dataset:
             for concept in dataset.concepts
         ]
         notes += dataset.notes
-    return Dataset(", ".join(dataset.source for dataset in datasets), tuple(concepts), tuple(samples), tuple(notes))
+    combined = Dataset(", ".join(dataset.source for dataset in datasets), tuple(concepts), tuple(samples))
+    return dataclasses.replace(combined, notes=(*notes, *_leaks(combined)))
+
+
+def _leaks(dataset: Dataset) -> list[str]:
+    """Pictures that one of the datasets holds back and another one trains on."""
+    trained = {_origin(dataset.samples[index]) for index in dataset.members("training", "regularisation")}
+    held_back = (dataset.samples[index] for index in dataset.members("validation"))
+    leaked = [sample.id for sample in held_back if _origin(sample) in trained]
+    if not leaked:
+        return []
+    return [
+        f"{some(leaked, 'validation image')} also trained on, in another of the datasets: {listed(leaked)}; "
+        "the validation loss will look better than it is: leave them out of one dataset"
+    ]
+
+
+def _origin(sample: Sample) -> str:
+    picture = sample.picture
+    return picture.path if isinstance(picture, FilePicture) else picture.fingerprint
