@@ -18,7 +18,7 @@ from ..training.dataset.balancing import with_still_validation
 from ..training.dataset.batches import BatchPlan, Item, Shown, place
 from ..training.dataset.captions import shown
 from ..training.dataset.draws import Draws
-from ..training.dataset.model import Dataset, Sample
+from ..training.dataset.model import Dataset
 from ..training.loop import Batch
 from .denoiser import Conditioning, encode_captions
 from .latents import EncodedPicture, check_sizes, encode_pictures
@@ -105,9 +105,7 @@ class HostExamples:
 
     def _text(self, member: Shown, position: int) -> str:
         sample = self.dataset.samples[self.order.items[member.item].sample]
-        return self._caption(sample, Draws(self.order.seed, "caption", sample.id, member.item, member.turn), position)
-
-    def _caption(self, sample: Sample, draws: Draws, position: int) -> str:
+        draws = Draws(self.order.seed, "caption", sample.id, member.item, member.turn)
         options = self.dataset.of(sample).captions
         epoch = self.order.locate(position)[0] if options.varies else 0
         return shown(sample.caption, options, draws, epoch, position // self.accumulation, self.total_steps)
@@ -124,13 +122,16 @@ class HostExamples:
 
     def _encode_validation(self, items: Sequence[Item], advance: Callable[[], None]) -> list[Batch]:
         pictures = self._encode([(item, 0) for item in items], advance)
-        batches = []
-        for item, picture in zip(items, pictures, strict=True):
-            sample = self.dataset.samples[item.sample]
-            draws = Draws(self.order.seed, "validation caption", sample.id)
-            text = shown(sample.caption, self.dataset.of(sample).captions, draws)
-            batches.append(self._batch([item], [picture], [encode_captions(self.clip, [text])[text]]))
-        return batches
+        samples = [self.dataset.samples[item.sample] for item in items]
+        captions = [
+            shown(s.caption, self.dataset.of(s).captions, Draws(self.order.seed, "validation caption", s.id))
+            for s in samples
+        ]
+        texts = encode_captions(self.clip, captions)
+        return [
+            self._batch([item], [picture], [texts[caption]])
+            for item, picture, caption in zip(items, pictures, captions, strict=True)
+        ]
 
     def _batch(
         self,

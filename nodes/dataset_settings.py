@@ -9,20 +9,13 @@ from comfy_api.latest import io
 from ..training.dataset.model import CROPS, KINDS, LINES, CaptionOptions, ImageOptions
 from ..training.dataset.settings import ConceptSettings
 from .compat import build
-from .sockets import CATEGORY, LOOM_CAPTION_SETTINGS, LOOM_CONCEPT_SETTINGS, LOOM_IMAGE_SETTINGS, explained
-
-
-def _schema(node_id: str, name: str, description: str, inputs: list, socket: Any, output: str) -> io.Schema:
-    return build(
-        io.Schema,
-        node_id=node_id,
-        display_name=name,
-        category=f"{CATEGORY}/settings",
-        description=description,
-        search_aliases=["dataset settings", f"{output} settings", output],
-        inputs=inputs,
-        outputs=[socket.Output("settings", display_name=output, tooltip="Connect to this socket of the loader.")],
-    )
+from .sockets import (
+    LOOM_CAPTION_SETTINGS,
+    LOOM_CONCEPT_SETTINGS,
+    LOOM_IMAGE_SETTINGS,
+    explained,
+    settings_schema,
+)
 
 
 def _part(name: str, default: float, most: float, tooltip: str) -> Any:
@@ -41,7 +34,7 @@ class LoomCaptionSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = CaptionOptions()
-        return _schema(
+        return settings_schema(
             "LoomCaptionSettings",
             "Caption Settings",
             "What is made of the captions each time an image is shown: trigger word, shuffled and dropped tags, "
@@ -142,6 +135,7 @@ class LoomCaptionSettings(io.ComfyNode):
             ],
             LOOM_CAPTION_SETTINGS,
             "captions",
+            of="dataset",
         )
 
     @classmethod
@@ -158,7 +152,7 @@ class LoomImageSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = ImageOptions()
-        return _schema(
+        return settings_schema(
             "LoomImageSettings",
             "Image Settings",
             "Crops, mirroring, colour changes, transparency and masks. Several variations of each image are prepared "
@@ -234,6 +228,7 @@ class LoomImageSettings(io.ComfyNode):
             ],
             LOOM_IMAGE_SETTINGS,
             "images",
+            of="dataset",
         )
 
     @classmethod
@@ -248,7 +243,7 @@ class LoomConceptSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = ConceptSettings()
-        return _schema(
+        return settings_schema(
             "LoomConceptSettings",
             "Concept Settings",
             "What the images are for, how often they are shown, how much they count, and which sizes they may be "
@@ -334,6 +329,7 @@ class LoomConceptSettings(io.ComfyNode):
             ],
             LOOM_CONCEPT_SETTINGS,
             "concept",
+            of="dataset",
         )
 
     @classmethod

@@ -16,29 +16,15 @@ from ..training.settings import (
     OptimizerSettings,
     RunSettings,
 )
-from .compat import build
 from .sockets import (
-    CATEGORY,
     LOOM_ADAPTER_SETTINGS,
     LOOM_OBJECTIVE_SETTINGS,
     LOOM_OPTIMIZER_SETTINGS,
     LOOM_PREVIEW_SETTINGS,
     LOOM_RUN_SETTINGS,
     explained,
+    settings_schema,
 )
-
-
-def _settings_node(node_id: str, name: str, description: str, inputs: list, socket, output: str) -> io.Schema:
-    return build(
-        io.Schema,
-        node_id=node_id,
-        display_name=name,
-        category=f"{CATEGORY}/settings",
-        description=description,
-        search_aliases=["lora settings", "training options", output.replace("_", " ")],
-        inputs=inputs,
-        outputs=[socket.Output("settings", display_name=output, tooltip="Connect to this socket of the trainer.")],
-    )
 
 
 class LoomAdapterSettings(io.ComfyNode):
@@ -47,7 +33,7 @@ class LoomAdapterSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = AdapterSettings()
-        return _settings_node(
+        return settings_schema(
             "LoomAdapterSettings",
             "Adapter Settings",
             "Which layers of the model get an adapter, and how large the convolutions' adapters are.",
@@ -90,7 +76,7 @@ class LoomOptimizerSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = OptimizerSettings()
-        return _settings_node(
+        return settings_schema(
             "LoomOptimizerSettings",
             "Optimizer Settings",
             "Optimizer, learning-rate schedule, gradient clipping and accumulation.",
@@ -175,7 +161,7 @@ class LoomObjectiveSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = ObjectiveSettings()
-        return _settings_node(
+        return settings_schema(
             "LoomObjectiveSettings",
             "Objective Settings",
             "How timesteps are drawn. The loss is the mean square error in the space the model predicts in (noise, v "
@@ -216,7 +202,7 @@ class LoomRunSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = RunSettings()
-        return _settings_node(
+        return settings_schema(
             "LoomRunSettings",
             "Run Settings",
             "Memory use, saving while training, and what cancelling means.",
@@ -254,7 +240,7 @@ class LoomPreviewSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = PreviewSettings()
-        return _settings_node(
+        return settings_schema(
             "LoomPreviewSettings",
             "Preview Settings",
             "Samples the model with the LoRA so far, while it is trained, and keeps the pictures in the run folder.",

@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .compat import build
+
 CATEGORY = "LoRA Loom"
 
 LOOM_DATASET = io.Custom("LOOM_DATASET")
@@ -25,6 +27,28 @@ LOOM_PREVIEW_SETTINGS = io.Custom("LOOM_PREVIEW_SETTINGS")
 def explained(table: dict[str, str]) -> str:
     """A table of choices as tooltip lines."""
     return "\n".join(f"{name}: {text}" for name, text in table.items())
+
+
+def settings_schema(
+    node_id: str, name: str, description: str, inputs: list, socket: Any, output: str, of: str = "training"
+) -> io.Schema:
+    """A node that gathers options into one socket, of the trainer or (``of`` "dataset") of the dataset loader."""
+    aliases, owner = {
+        "training": (["lora settings", "training options", output.replace("_", " ")], "trainer"),
+        "dataset": (["dataset settings", f"{output} settings", output], "loader"),
+    }[of]
+    return build(
+        io.Schema,
+        node_id=node_id,
+        display_name=name,
+        category=f"{CATEGORY}/settings",
+        description=description,
+        search_aliases=aliases,
+        inputs=inputs,
+        outputs=[
+            socket.Output("settings", display_name=output, tooltip=f"Connect to this socket of the {owner}.")
+        ],
+    )
 
 
 def dataset_outputs(report: str, socket: str = "dataset") -> list:
