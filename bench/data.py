@@ -49,6 +49,9 @@ from hosting import prepare_host  # noqa: E402
 
 prepare_host()
 
+import comfy.sd  # noqa: E402
+import comfy.sd1_clip  # noqa: E402
+import comfy.supported_models_base  # noqa: E402
 import comfy_extras.nodes_dataset as host_nodes  # noqa: E402
 import comfyui_version  # noqa: E402
 import cv2  # noqa: E402
@@ -58,9 +61,14 @@ import PIL  # noqa: E402
 import skimage  # noqa: E402
 import sklearn  # noqa: E402
 import torch  # noqa: E402
+from comfy.ldm.models.autoencoder import AutoencoderKL  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 
-from lora_loom.training.dataset.batches import BatchPlan, Item  # noqa: E402
+import tiny  # noqa: E402
+from lora_loom.host.latents import PictureCache, encode_pictures  # noqa: E402
+from lora_loom.host.texts import TextCache, encode_captions  # noqa: E402
+from lora_loom.training.caches import DiskCache  # noqa: E402
+from lora_loom.training.dataset.batches import BatchPlan, Item, place  # noqa: E402
 from lora_loom.training.dataset.images import read_header  # noqa: E402
 from lora_loom.training.dataset.lint import lint  # noqa: E402
 from lora_loom.training.dataset.model import Access, Concept, Dataset, FilePicture, Header, Sample  # noqa: E402
@@ -337,6 +345,58 @@ def counts(rows: dict[str, dict]) -> list[str]:
     return lines + [f"| {case} | {' | '.join(f'{row[name]:.1f}' for name in names)} |" for case, row in rows.items()]
 
 
+# -- encoding again, or from a cache
+
+
+def caching(folder: Path) -> dict[str, dict]:
+    """Pictures of 256² by the VAE of SD1.5, captions by CLIP-L, both of full size with random weights, in float32."""
+    vae_config = {**tiny.VAE_CONFIG, "resolution": 256, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    weights = tiny.fill(AutoencoderKL(ddconfig=vae_config, embed_dim=4)).state_dict()
+    vae = comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": vae_config, "embed_dim": 4}})
+    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
+    clip, patcher = tiny._clip(target, {}, 0, False), tiny.tiny("sd15")
+    pictures = folder / "caching"
+    pictures.mkdir()
+    for index in range(len(PHOTOGRAPHS)):
+        photograph(index, (1024, 1024)).save(pictures / f"{index}.jpg", quality=90)
+        (pictures / f"{index}.txt").write_text(f"a photograph, number {index}, outdoors, day, colour, sharp")
+    dataset = open_dataset(pictures, Concept(resolutions=((256, 256),)), ANYWHERE)
+    wanted, captions = [(item, 0) for item in place(dataset)], [sample.caption for sample in dataset.samples]
+    disk = DiskCache(folder / "cache", 1 << 40)
+
+    def latents(cache: PictureCache | None) -> list:
+        if cache is not None:
+            cache._contents.clear()  # a new run reads each file once to know it
+        return encode_pictures(dataset, wanted, 0, patcher, vae, cache=cache)
+
+    def texts(cache: TextCache | None) -> dict:
+        return encode_captions(clip, captions, cache=cache)
+
+    with torch.inference_mode():
+        filled = PictureCache(disk, vae, False), TextCache(disk, clip)
+        latents(filled[0]), texts(filled[1])
+        calls: dict[str, Callable[[], object]] = {
+            "pictures, encoded again": lambda: latents(None),
+            "pictures, from disk": lambda: latents(filled[0]),
+            "captions, encoded again": lambda: texts(None),
+            "captions, from disk": lambda: texts(filled[1]),
+        }
+        rows = {name: timed(call) for name, call in calls.items()}
+        per_item = {name: {key: value / len(wanted) for key, value in row.items()} for name, row in rows.items()}
+        knowing = {
+            "to know the VAE (335 MB), once a run": timed(lambda: PictureCache(disk, vae, False)),
+            "to know the CLIP (492 MB), once a run": timed(lambda: TextCache(disk, clip)),
+        }
+    return {**per_item, **knowing}
+
+
+def milliseconds(rows: dict[str, dict]) -> list[str]:
+    lines = ["", "| what | CPU ms | by the clock ms |", "|---" * 3 + "|"]
+    return lines + [
+        f"| {name} | {1000 * row['seconds']:.1f} | {1000 * row['clock']:.1f} |" for name, row in rows.items()
+    ]
+
+
 # -- the report
 
 
@@ -356,6 +416,7 @@ TABLES: dict[str, tuple[Callable[[Path], dict], Callable[[dict], list[str]], str
     "load": (loading, table, "Decode, turn upright, scale, crop; CPU time per picture, mean of four photographs"),
     "open": (opening, times, "Open a folder of 10,000 captioned pictures, files in the system's cache"),
     "lint": (linting, times, "Lint 1,000 captioned JPEGs of 1024²"),
+    "caches": (caching, milliseconds, "Latents and texts, encoded again or from the cache on disk, each"),
     "epochs": (epochs, counts, "Steps of an epoch at resolution 1024, aspects from 1:2.2 to 2.2:1, mean of 20 folders"),
 }
 

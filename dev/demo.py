@@ -228,7 +228,7 @@ def recorded_losses(server: Server) -> list[float]:
     """The losses that the run kept in its folder."""
     from safetensors.torch import load_file
 
-    state = next((server.base / "output" / "lora_loom").glob("*/state.safetensors"))
+    state = next((server.base / "output" / "lora_loom").glob("*/state-*/tensors.safetensors"))
     return load_file(state)["losses"].tolist()
 
 

@@ -1,6 +1,8 @@
 """Read hostile files, then run the shipped example workflows again and again on one server, and watch its memory.
 
 ``python dev/soak.py --files 10000``: so many damaged adapter files, each of which must be read or refused.
+``--kills 100``: so many times a training process is killed; the runs must end with the bits of undisturbed ones.
+``--families``: every adapter family is trained, saved and loaded on every tiny model (``soak_families.py``).
 ``--minutes 20``: a table line for each round (workflow, seconds, the server's memory in MiB), every round with other
 seeds, so that nothing comes from the cache. Ends with 1 when a workflow fails or when the server has grown by more than
 ``--allowed-growth`` MiB since it was warm.
@@ -13,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -62,6 +65,17 @@ def read_hostile_files(count: int) -> None:
     print(f"{count} hostile files: {', '.join(f'{n} {outcome}' for outcome, n in outcomes.items())}", flush=True)
 
 
+def kill_training(count: int) -> bool:
+    """Whether every run ended as the one that nobody killed; prints a table."""
+    script = ROOT / "tests" / "host" / "killing.py"
+    told = subprocess.run([sys.executable, str(script), "--kills", str(count)], stdout=subprocess.PIPE, check=True)
+    rows = json.loads(told.stdout)
+    for name, row in rows.items():
+        ended = "the same bits" if not row["differences"] else f"DIFFERENT: {', '.join(row['differences'])}"
+        print(f"{name:32s} {row['kills']:4d} kills, {row['in a save']:3d} in a save: {ended}", flush=True)
+    return not any(row["differences"] for row in rows.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workflows", nargs="*", type=Path, help="workflow files (default: all that are shipped)")
@@ -69,8 +83,14 @@ def main() -> int:
     parser.add_argument("--input", type=Path, help="a folder to serve as the server's input folder")
     parser.add_argument("--allowed-growth", type=float, default=200.0, metavar="MIB")
     parser.add_argument("--files", type=int, default=10_000, help="damaged adapter files to read first")
+    parser.add_argument("--kills", type=int, default=100, help="how often training processes are killed")
+    parser.add_argument("--families", action=argparse.BooleanOptionalAction, default=True, help="families × models")
     options = parser.parse_args()
     read_hostile_files(options.files)
+    if not kill_training(options.kills):
+        return 1
+    if options.families and subprocess.run([sys.executable, ROOT / "dev" / "soak_families.py"]).returncode:
+        return 1
     paths = options.workflows or sorted((ROOT / "example_workflows").glob("*.json"))
     if not paths:
         parser.error("there is no workflow to run: name one, or add one to example_workflows")

@@ -2,14 +2,15 @@
 
 * ``HostDenoiser``: implements ``training.objective.Denoiser`` on a loan. The host's own ``apply_model`` runs, with its
   own input scaling, timestep and conditioning; only its last step, the way back to x̂0, is left out.
-* ``encode_captions``: every caption once, with the graph's CLIP.
+* ``zero_terminal``: the noise levels of a v-model stretched to pure noise, for the calls of the denoiser only.
 * ``Conditioning``: one sample's text and sizes. Conditioning is built per sample by the model's own ``extra_conds``
   and joined along the batch; the sampler's batching, which averages captions, is never used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,12 @@ import comfy.model_sampling
 import torch
 from torch import Tensor, nn
 
-from ..training.objective import Prediction
+from ..training.objective import Prediction, per_sample
+from ..training.options import OptionError
 from .loan import Loan
+
+PURE_NOISE = 1000.0  # a greater σ leaves nothing of the picture
+REFUSED = ("EDM", "IMG_TO_IMG", "IMG_TO_IMG_FLOW", "X0", "V_PREDICTION_DDPM")  # the host's names, special ones first
 
 
 class UnsupportedModelError(ValueError):
@@ -36,6 +41,7 @@ class Conditioning:
     original_size: tuple[int, int]
     crop: tuple[int, int]
     target_size: tuple[int, int]
+    base: Conditioning | None = None  # as the untrained text encoders have it, where they are trained
 
     def host_arguments(self) -> dict[str, Any]:
         width, height = self.original_size
@@ -54,48 +60,59 @@ class Conditioning:
         }
 
 
-def encode_captions(
-    clip: Any, captions: Iterable[str], advance: Callable[[], None] = lambda: None
-) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-    """caption → (cross-attention tensor, extras) with ordinary tensors on the CPU; each caption is encoded once.
-
-    ``advance`` is called after each.
-    """
-    encoded: dict[str, tuple[Tensor, dict[str, Any]]] = {}
-    for caption in captions:
-        if caption in encoded:
-            continue
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        context, extras = clip.encode_from_tokens_scheduled(clip.tokenize(caption))[0]
-        with torch.inference_mode(False):
-            kept = {name: _plain(value) for name, value in extras.items() if name not in ("hooks", "model_conds")}
-            encoded[caption] = (_plain(context), kept)
-        advance()
-    return encoded
-
-
-def _plain(value: Any) -> Any:
-    """Inference tensors cannot take part in training: a copy can."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
 def prediction_of(sampling: Any) -> Prediction:
     """The space a model predicts in, from its sampling object (which a ModelSampling node may have set)."""
     kinds = comfy.model_sampling
-    unsupported = ("EDM", "X0", "IMG_TO_IMG_FLOW", "COSMOS_RFLOW", "V_PREDICTION_DDPM")
-    refused = [getattr(kinds, name) for name in unsupported if hasattr(kinds, name)]
-    if isinstance(sampling, tuple(refused)) or getattr(sampling, "noise_scale", 1.0) != 1.0:
+    refused = [name for name in REFUSED if isinstance(sampling, getattr(kinds, name, ()))]
+    if getattr(sampling, "noise_scale", 1.0) != 1.0:
+        refused.append(f"noise_scale {sampling.noise_scale:g}")
+    if refused:
         raise UnsupportedModelError(
-            f"models with {type(sampling).__mro__[1].__name__} sampling cannot be trained yet; "
+            f"models with {refused[0]} sampling cannot be trained yet; "
             "supported are epsilon, v-prediction and flow models"
         )
-    if isinstance(sampling, kinds.CONST):
+    if isinstance(sampling, kinds.CONST) or _is_scaled_flow(sampling):
         return Prediction.FLOW
     if isinstance(sampling, kinds.V_PREDICTION):
         return Prediction.VELOCITY
     if isinstance(sampling, kinds.EPS):
         return Prediction.EPSILON
     raise UnsupportedModelError(f"unknown model sampling {type(sampling).__name__}; set it with a ModelSampling node")
+
+
+def _is_scaled_flow(sampling: Any) -> bool:
+    """A flow whose samples the host scales by 1 / (1 − σ) and whose σ it calls σ / (1 − σ) (Cosmos-Predict2)."""
+    return isinstance(sampling, getattr(comfy.model_sampling, "COSMOS_RFLOW", ()))
+
+
+def ends_in_noise(sampling: Any) -> bool:
+    """Whether the last noise level is pure noise already; the host writes σ = 4518 for it, SD's own is 14.6."""
+    return float(sampling.sigma_max) > PURE_NOISE
+
+
+def zero_terminal(sampling: Any) -> Any:
+    """``sampling`` with its noise levels stretched to pure noise by the host's own function (Lin et al. 2023).
+
+    A copy, unless it ends there already. Raises OptionError where there is no table to stretch.
+    """
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        raise OptionError(
+            "zero_terminal_snr is True, expected False: the noise levels of this MODEL are no table "
+            f"({type(sampling).__mro__[1].__name__})"
+        )
+    if ends_in_noise(sampling):
+        return sampling
+    stretched = copy.deepcopy(sampling)
+    sigmas = sampling.sigmas.to("cpu", torch.float64)  # which not every device has
+    stretched.set_sigmas(comfy.model_sampling.rescale_zero_terminal_snr_sigmas(sigmas).to(sampling.sigmas))
+    return stretched
+
+
+def zero_terminal_note(sampling: Any) -> str:
+    """What the report says where zero_terminal_snr is on; raises as ``zero_terminal`` does."""
+    if zero_terminal(sampling) is sampling:
+        return "zero_terminal_snr changes nothing: the noise levels of this MODEL end in pure noise already"
+    return "trained down to pure noise (zero_terminal_snr): sample with ModelSamplingDiscrete, v_prediction, zsnr on"
 
 
 class _RawPrediction(nn.Module):
@@ -118,23 +135,38 @@ def _attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class HostDenoiser:
-    """``training.objective.Denoiser`` over a borrowed model."""
+    """``training.objective.Denoiser`` over a borrowed model; with ``zero_terminal_snr`` down to pure noise."""
 
-    def __init__(self, loan: Loan) -> None:
+    def __init__(self, loan: Loan, zero_terminal_snr: bool = False) -> None:
         self.loan = loan
         self.model: Any = loan.model
-        self.prediction = prediction_of(loan.model.model_sampling)
+        sampling = loan.model.model_sampling
+        self.stretched = zero_terminal(sampling) if zero_terminal_snr else None
+        self.prediction = prediction_of(sampling)
+        # a scaled flow divides by 1 − σ: it ends where the host's own schedule does
+        self.scaled = _is_scaled_flow(sampling)
+        self.noisiest = float(sampling.sigma_max / (sampling.sigma_max + 1)) if self.scaled else 1.0
 
     def noise_levels(self, times: Tensor) -> Tensor:
         """σ for positions in [0, 1): the table entry of a discrete model, the position itself of a flow."""
         if self.prediction.is_flow:
-            return times.float()
-        sigmas = self.model.model_sampling.sigmas
+            return times.clamp(max=self.noisiest).float()
+        sigmas = (self.stretched or self.model.model_sampling).sigmas
         index = (times * len(sigmas)).long().clamp(max=len(sigmas) - 1)
         return sigmas[index.to(sigmas.device)].float().cpu()
 
     def predict(self, noisy: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """One forward of the whole batch; samples whose conditioning cannot be joined (other lengths) run in groups."""
+        return self._predict(noisy, sigma, conditioning, adapters=True)
+
+    @torch.no_grad()
+    def predict_base(self, noisy: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+        """``predict`` of the model as it was before training, also of its text encoders."""
+        return self._predict(noisy, sigma, [item.base or item for item in conditioning], adapters=False)
+
+    def _predict(
+        self, noisy: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning], adapters: bool
+    ) -> Tensor:
         per_sample = [self._model_conditions(noisy[i : i + 1], item) for i, item in enumerate(conditioning)]
         outputs: dict[int, Tensor] = {}
         for group in _joinable(per_sample):
@@ -143,26 +175,29 @@ class HostDenoiser:
                 name: value.concat([per_sample[i][name] for i in group[1:]])
                 for name, value in per_sample[group[0]].items()
             }
-            result = self._apply(noisy[picked], sigma[picked], joined)
+            result = self._apply(noisy[picked], sigma[picked], joined, adapters)
             outputs.update(zip(group, result.unbind(0), strict=True))
         if len(outputs) == len(group):
             return result
         return torch.stack([outputs[i] for i in range(len(per_sample))])
 
-    def _apply(self, noisy: Tensor, sigma: Tensor, joined: dict[str, Any]) -> Tensor:
+    def _apply(self, noisy: Tensor, sigma: Tensor, joined: dict[str, Any], adapters: bool) -> Tensor:
         options = {
             "optimized_attention_override": _attention,
             "cond_or_uncond": [0],
             "sigmas": sigma,
             "sample_sigmas": sigma,
         }
-        model, sampling = self.model, self.model.model_sampling
-        model.model_sampling = _RawPrediction(sampling)
-        try:
-            with self.loan.using():
+        if self.scaled:
+            noisy, sigma = noisy / per_sample(1 - sigma, noisy), sigma / (1 - sigma)
+        model = self.model
+        with self.loan.using(adapters):  # which may load the model anew, with the sampling object of its patches
+            sampling = model.model_sampling
+            model.model_sampling = _RawPrediction(self.stretched or sampling)
+            try:
                 return model.apply_model(noisy, sigma, transformer_options=options, **joined)
-        finally:
-            model.model_sampling = sampling
+            finally:
+                model.model_sampling = sampling
 
     def _model_conditions(self, latent: Tensor, item: Conditioning) -> dict[str, Any]:
         conditions = self.model.extra_conds(**item.host_arguments(), noise=latent, device=latent.device)

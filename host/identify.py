@@ -23,6 +23,30 @@ _KNOWN = {
 }
 
 
+# sides of the square pictures that families were made with, where that is common knowledge
+_NATIVE = {
+    "SD15": 512,
+    "SD20": 768,
+    "SDXL": 1024,
+    "SDXLRefiner": 1024,
+    "SD3": 1024,
+    "Flux": 1024,
+    "Flux2": 1024,
+    "Chroma": 1024,
+    "QwenImage": 1328,
+    "Lumina2": 1024,
+    "ZImage": 1024,
+}
+
+
+def native_side(model: Any) -> int:
+    """The side of the square pictures that the family of a model was made with, in pixels; 0 where that is unknown."""
+    if architecture(model)[0] == "stable-diffusion-v2-512":
+        return 512
+    names = (kind.__name__ for kind in type(model.model_config).__mro__)
+    return next((_NATIVE[name] for name in names if name in _NATIVE), 0)
+
+
 def architecture(model: Any) -> tuple[str, str]:
     """(ModelSpec architecture, kohya base version); a family without either goes by the host's own name for it."""
     for kind in type(model.model_config).__mro__:

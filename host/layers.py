@@ -2,15 +2,16 @@
 
 ``HostLayer`` decides afresh at every call: a weight that lies resident in the compute dtype is used as it is; one that
 the host casts on use, keeps offloaded, manages dynamically, patches on the fly or holds quantised is asked for again
-through the host's own cast, and given back.
+through the host's own cast, and given back. A layer computes in the dtype of its input, whatever its weights are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.lora
 import comfy.ops
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,36 @@ def conv_geometry(module: nn.Module) -> ConvGeometry | None:
     return ConvGeometry(tuple(module.stride), tuple(module.padding), tuple(module.dilation), module.groups)
 
 
+def weight_reader(patcher: Any) -> Callable[[str], Tensor]:
+    """path -> the weight of a layer as this MODEL has it, LoRAs applied, in float32, whatever is loaded at the time."""
+    known: dict[str, Any] = {}
+
+    def read(path: str) -> Tensor:
+        if not known:
+            known.update(patcher.get_key_patches())
+        key = f"{path}.weight"
+        (weight, convert), *patches = known[key]
+        dense = weight if type(weight) in (Tensor, nn.Parameter) else weight.dequantize()
+        dense = convert(dense.detach().to(torch.float32, copy=True), inplace=True)
+        return comfy.lora.calculate_weight(patches, dense, key) if patches else dense
+
+    return read
+
+
+@contextmanager
+def _set(module: nn.Module, **values: Any) -> Iterator[None]:
+    """Attributes of a module for a moment."""
+    attributes = vars(module)
+    before = {name: attributes[name] for name in values if name in attributes}
+    attributes.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del attributes[name]
+        attributes.update(before)
+
+
 class HostLayer:
     """One layer on loan; hung into ``module.forward`` for its time. See ``kernels.frozen.FrozenLayer``.
 
@@ -53,9 +84,19 @@ class HostLayer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled() or self._resident(x):
-            return self.host_forward(x, *args, **kwargs)
+            return self._as_the_host(x, *args, **kwargs)
         # run once more in backward: autograd needs the weights for longer than the host leaves a cast where it is
         with self._own_weights(x):
+            return self.host_forward(x, *args, **kwargs)
+
+    def _as_the_host(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's forward, told to cast where the weights are not what the input is."""
+        module = self.module
+        stored = getattr(module.weight, "dtype", None)
+        fits = not isinstance(x, Tensor) or not x.is_floating_point() or stored in (None, x.dtype)
+        if fits or module.comfy_cast_weights:
+            return self.host_forward(x, *args, **kwargs)
+        with _set(module, comfy_cast_weights=True):
             return self.host_forward(x, *args, **kwargs)
 
     @contextmanager
@@ -93,21 +134,9 @@ class HostLayer:
         with self._cast(like) as cast, torch.no_grad():
             parts = zip(("weight", "bias"), cast, strict=True)
             copies = {name: part.clone() for name, part in parts if part is not None}
-        own = {
-            "_parameters": {**module._parameters, **copies},
-            "comfy_cast_weights": False,
-            "weight_function": [],
-            "bias_function": [],
-        }
-        attributes = vars(module)
-        before = {name: attributes[name] for name in own if name in attributes}
-        attributes.update(own)
-        try:
+        own = {"_parameters": {**module._parameters, **copies}, "weight_function": [], "bias_function": []}
+        with _set(module, comfy_cast_weights=False, **own):
             yield
-        finally:
-            for name in own:
-                del attributes[name]
-            attributes.update(before)
 
     def _resident(self, like: Tensor) -> bool:
         module = self.module
@@ -129,7 +158,7 @@ class HostLayer:
             self.gate.check()
             return self.adapter.on(x, self)
         if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
-            return self.host_forward(x, *args, **kwargs)
+            return self._as_the_host(x, *args, **kwargs)
         if self.module.weight is None or (self._resident(x) and not self.module.weight.requires_grad):
             return self.host_forward(x, *args, **kwargs)
         if self.is_linear:

@@ -7,39 +7,62 @@
   tensors that loaders make under inference mode; it costs no memory and no copy;
 * every layer the host may cast, move or dequantise on use is asked through ``HostLayer``; adapters hang there;
 * blocks that write in place are made safe, and checkpointed where wanted; the host's training flag is set;
+* with ``compute_dtype`` the model computes in another precision while it is called for training: its weights stay as
+  they are and are cast layer by layer;
 * on every way out all of it is taken back. Slots that still hold an alias get their original tensor, slots the host
   has rewritten meanwhile (patches, unloading) keep what it wrote, and backups that hold an alias get the original;
 * if the host puts other weights into the model during a loan (a preview with another LoRA), the next forward takes the
-  loan anew, and a backward that is under way stops with ``WeightsChangedError`` before it can be wrong.
+  loan anew, and a backward that is under way stops with ``WeightsChangedError`` before it can be wrong; ``undisturbed``
+  then does the step again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
-from ..kernels.blocks import block_map
-from ..kernels.lora import LoRA
+from ..kernels.adapter import Adapter
+from ..kernels.blocks import block_map, diffusion_tree
 from ..training.checkpointing import block_modules, guarded
 from .layers import HostLayer, is_host_layer
+from .ropes import differentiable_ropes
+
+Result = TypeVar("Result")
 
 
 class WeightsChangedError(RuntimeError):
     """The host exchanged the weights between a forward and its backward."""
 
 
+def undisturbed(step: Callable[[], Result]) -> Result:
+    """``step()``, once more where the host moved weights in the middle of it; half a step has changed nothing."""
+    try:
+        return step()
+    except (WeightsChangedError, CheckpointError):  # the latter where a block found them elsewhere when it ran again
+        return step()
+
+
 class Loan:
     """A model on loan: ``model`` is the host's BaseModel. Adapters act while ``using`` is entered, and in backward."""
 
-    def __init__(self, patcher: Any, memory_required: float) -> None:
-        self.patcher, self.memory_required = patcher, memory_required
+    def __init__(
+        self,
+        patcher: Any,
+        memory_required: float,
+        beside: Sequence[Any] = (),
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.patcher, self.memory_required, self.beside = patcher, memory_required, tuple(beside)
+        self.compute_dtype = compute_dtype
         self.model: Any = patcher.model
+        self.network, self.prefix = diffusion_tree(self.model)
         self.device: torch.device = patcher.load_device
         self._open = False
         self._slots: list[_Slot] = []
@@ -51,8 +74,8 @@ class Loan:
     def take(self) -> None:
         """Let the host load the model with this patcher's patches, and put aliases over its weights."""
         with torch.inference_mode():  # as the host itself does: without it newer hosts copy what loaders have made
-            comfy.model_management.load_models_gpu([self.patcher], memory_required=self.memory_required)
-        self._slots = _slots(self.model.diffusion_model)
+            comfy.model_management.load_models_gpu([self.patcher, *self.beside], memory_required=self.memory_required)
+        self._slots = _slots(self.network)
         for slot in self._slots:
             slot.holder[slot.name] = slot.alias
 
@@ -69,35 +92,59 @@ class Loan:
             )
 
     @contextmanager
-    def using(self) -> Iterator[None]:
+    def using(self, adapters: bool = True) -> Iterator[None]:
+        """One call of the model, with the adapters acting or (outside autograd) without them."""
         if self.model.current_weight_patches_uuid != self.patcher.patches_uuid:
             self.give_back()
             self.take()
-        before, self._open = self._open, True
+        before, self._open = self._open, adapters
+        try:
+            with self._computing():
+                yield
+        finally:
+            self._open = before
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """What the model makes of its inputs is what all of its layers compute in."""
+        if self.compute_dtype is None:
+            yield
+            return
+        before, self.model.manual_cast_dtype = self.model.manual_cast_dtype, self.compute_dtype
         try:
             yield
         finally:
-            self._open = before
+            self.model.manual_cast_dtype = before
 
 
 @contextmanager
 def borrow(
-    patcher: Any, adapters: Mapping[str, LoRA] | None = None, checkpoint: bool = False, memory_required: float = 0
+    patcher: Any,
+    adapters: Mapping[str, Adapter] | None = None,
+    checkpoint: bool = False,
+    memory_required: float = 0,
+    beside: Sequence[Any] = (),
+    *,
+    offload: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> Iterator[Loan]:
     """Lend ``patcher``'s model for training, with ``adapters`` (module path → adapter) hanging on its layers.
 
-    ``memory_required`` is what training needs beside the weights, in bytes. Raises KeyError for a path that names no
-    layer. Inside, autograd is on and inference mode is off.
+    ``memory_required`` is what training needs beside the weights, in bytes; ``beside`` are the patchers of models that
+    have to stay loaded at the same time. With ``offload`` what checkpointed blocks keep waits in main memory;
+    ``compute_dtype`` None is the host's own choice. Raises KeyError for a path that names no layer. Inside, autograd is
+    on and inference mode is off.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        loan = Loan(patcher, memory_required)
+        loan = Loan(patcher, memory_required, beside, compute_dtype)
         stack.callback(loan.give_back)
         loan.take()
         stack.enter_context(_training_flag())
-        stack.enter_context(_hung(loan.model.diffusion_model, adapters or {}, loan))
-        stack.enter_context(guarded(block_modules(_blocks(loan.model)), checkpoint))
+        stack.enter_context(differentiable_ropes())
+        stack.enter_context(_hung(loan, adapters or {}))
+        stack.enter_context(guarded(block_modules(_blocks(loan.model)), checkpoint, offload))
         yield loan
 
 
@@ -121,9 +168,9 @@ def _training_flag() -> Iterator[None]:
 
 
 @contextmanager
-def _hung(network: nn.Module, adapters: Mapping[str, LoRA], loan: Loan) -> Iterator[None]:
-    prefix = "diffusion_model."
-    modules = dict(network.named_modules())
+def _hung(loan: Loan, adapters: Mapping[str, Adapter]) -> Iterator[None]:
+    prefix = loan.prefix
+    modules = dict(loan.network.named_modules())
     missing = [path for path in adapters if path.removeprefix(prefix) not in modules]
     if missing:
         raise KeyError(f"this model has no layer {missing[0]} (and {len(missing) - 1} more)")

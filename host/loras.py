@@ -1,17 +1,28 @@
-"""LoRA files by the names the host knows them under; names from a graph are untrusted."""
+"""LoRA files by the names the host knows them under, and those of runs; names from a graph are untrusted.
+
+* ``lora_names``, ``load``, ``file_state``: what lies in the host's LoRA folders
+* ``sources``, ``load_source``, ``source_state``: those, and what runs keep: ``run: cat``, ``run: cat (best)``,
+  ``run: cat (step 500)``
+* ``place_for``, ``free_place_for``, ``listed_name``: where a file is written, and what it is listed under
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 
 from ..kernels.safetensors_io import LoraModel, load_tensors
-from .runs import checked_name
+from .runs import RunError, checked_name
 
 SUFFIX = ".safetensors"
+RUN = "run: "
+MAX_NAME = 200
+_KINDS = re.compile(r"-(?:step(?P<step>\d{1,9})|(?P<kind>best|ema))", re.ASCII)
 
 
 def lora_names() -> list[str]:
@@ -30,7 +41,72 @@ def file_state(name: Any) -> str:
     """Changes when the file called ``name`` does; empty for what is no LoRA file."""
     if name not in lora_names():
         return ""
-    status = os.stat(folder_paths.get_full_path_or_raise("loras", name))
+    return _state(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def sources() -> list[str]:
+    """What can be loaded: the runs, the newest first, then the files."""
+    return [*_of_runs(), *lora_names()]
+
+
+def load_source(source: Any) -> LoraModel:
+    """The file or the run's LoRA called ``source``. Raises ValueError naming ``source``."""
+    return load_tensors(_path(source))
+
+
+def source_state(source: Any) -> str:
+    """Changes when what is called ``source`` does; empty for what is none."""
+    try:
+        return _state(_path(source))
+    except (ValueError, OSError):
+        return ""
+
+
+def _path(source: Any) -> str:
+    if isinstance(source, str) and source.startswith(RUN):
+        found = _of_runs().get(source)
+        if found is not None:
+            return found
+    elif source in lora_names():
+        return folder_paths.get_full_path_or_raise("loras", source)
+    raise ValueError(
+        f"source: there is no {repr(source)[:100]} among the runs below output/lora_loom and the .safetensors files in "
+        "the loras folders; choose one of the list (press R to read it anew)"
+    )
+
+
+def _of_runs() -> dict[str, str]:
+    """What each LoRA that a run keeps is called → its path, the newest runs first."""
+    root = Path(folder_paths.get_output_directory()) / "lora_loom"
+    folders = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    found = {}
+    for folder in sorted(folders, key=lambda entry: entry.stat().st_mtime, reverse=True):
+        for called, path in sorted(_kept_in(folder), key=lambda pair: (len(pair[0]), pair[0])):
+            found[called] = path
+    return found
+
+
+def _kept_in(folder: Path) -> Iterator[tuple[str, str]]:
+    """The LoRAs in a run's folder; nothing that a link leads to."""
+    try:
+        name = checked_name(folder.name)
+    except RunError:
+        return
+    inside = os.path.realpath(folder.parent)
+    for path in folder.glob(f"*{SUFFIX}"):
+        if os.path.realpath(path) != os.path.join(inside, name, path.name) or not path.stem.startswith(name):
+            continue
+        mark = path.stem.removeprefix(name)
+        kind = _KINDS.fullmatch(mark)
+        if kind:
+            what = f"step {int(kind['step'])}" if kind["step"] else kind["kind"]
+            yield f"{RUN}{name} ({what})", str(path)
+        elif not mark:
+            yield f"{RUN}{name}", str(path)
+
+
+def _state(path: str) -> str:
+    status = os.stat(path)
     return f"{status.st_mtime_ns} {status.st_size}"
 
 
@@ -40,6 +116,8 @@ def place_for(name: str) -> Path:
     Raises ValueError naming ``name``, also for places outside that folder.
     """
     root = os.path.realpath(folder_paths.get_folder_paths("loras")[0])
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        raise ValueError(f"name: {repr(name)[:60]} is no name of at most {MAX_NAME} letters, folders included")
     parts = name.replace("\\", "/").removesuffix(SUFFIX).split("/")
     target = os.path.realpath(os.path.join(root, *(checked_name(part, "name") for part in parts)) + SUFFIX)
     if os.path.commonpath([root, target]) != root:

@@ -1,6 +1,7 @@
 """What a patched MODEL brings along into training, and what stays outside.
 
-Kept: weight patches (LoRAs already applied) and the sampling object (prediction type, shift, zero-terminal SNR).
+Kept: weight patches (LoRAs already applied), the sampling object (prediction type, shift, zero-terminal SNR) and the
+precision it computes in.
 Left out, and named: wrappers, attention overrides and replacements, compile wrappers, sampler functions. Refused: what
 would make the trained function another one without anybody noticing.
 """
@@ -12,21 +13,23 @@ from typing import Any
 from .denoiser import UnsupportedModelError
 
 COMPILE = "torch.compile"  # the host's key for its wrapper
-KEPT_OBJECTS = {"model_sampling", "latent_format"}
+KEPT_OBJECTS = {"model_sampling", "latent_format", "manual_cast_dtype"}
 
 
-def trainable_clone(patcher: Any) -> tuple[Any, list[str]]:
+def trainable_clone(patcher: Any, what: str = "MODEL") -> tuple[Any, list[str]]:
     """A clone that shares the weights and carries only what training keeps; and one note for each thing left out.
+
+    ``what`` is what the user knows it as.
 
     Raises UnsupportedModelError for LoRAs in bypass mode and for replaced parts of the network.
     """
     notes: list[str] = []
     if patcher.patches:
-        notes.append(f"trains on top of patches (LoRAs) already on {len(patcher.patches)} weights")
+        notes.append(f"trains on top of patches (LoRAs) already on {len(patcher.patches)} weights of the {what}")
     if any(patcher.injections.values()):
         raise UnsupportedModelError(
-            f"the MODEL carries injected layers ({', '.join(map(str, patcher.injections))}), for example a LoRA in "
-            "bypass mode. Load that LoRA with the ordinary LoRA loader, or train on the MODEL before it."
+            f"the {what} carries injected layers ({', '.join(map(str, patcher.injections))}), for example a LoRA in "
+            f"bypass mode. Load that LoRA with the ordinary LoRA loader, or train on the {what} before it."
         )
     objects = {}
     for name, value in patcher.object_patches.items():
@@ -36,8 +39,8 @@ def trainable_clone(patcher: Any) -> tuple[Any, list[str]]:
             notes.append(f"left out for training: torch.compile on {name}")
         else:
             raise UnsupportedModelError(
-                f"a node has replaced {name} of the MODEL by {type(value).__name__}, and training beside it would "
-                "teach another network. Connect the MODEL as it was before that node."
+                f"a node has replaced {name} of the {what} by {type(value).__name__}, and training beside it would "
+                f"teach another network. Connect the {what} as it was before that node."
             )
     notes.extend(f"left out for training: {what}" for what in _call_time_patches(patcher))
     clone = patcher.clone()

@@ -12,7 +12,7 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..training.settings import OptionError
@@ -63,19 +63,25 @@ class PreviewSettings:
 
 
 class Previews:
-    """``previews(run, step, lora)`` samples, keeps one sheet (prompts down, seeds across), and returns it."""
+    """``previews(run, step, lora)`` samples, keeps one sheet (prompts down, seeds across), and returns it.
+
+    Beside each picture stands what the MODEL gave without the LoRA, sampled once.
+    """
 
     def __init__(self, settings: PreviewSettings, model: Any, clip: Any, vae: Any) -> None:
         self.settings, self.every = settings, settings.every
         self.model, self.clip, self.vae = model, clip, vae
+        self._base: list[list[Image.Image]] = []
 
     @torch.inference_mode()
     def __call__(self, run: Run, step: int, lora: Mapping[str, Tensor]) -> Image.Image:
         model, clip, _ = apply_lora(self.model, self.clip, lora, 1.0, 1.0)
         devices = [model.load_device] if model.load_device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # the host's samplers seed the global generators
+            if not self._base:
+                self._base = [self._pictures(self.model, self.clip, prompt) for prompt in self.settings.prompt_list]
             rows = [self._pictures(model, clip, prompt) for prompt in self.settings.prompt_list]
-        sheet = contact_sheet(rows)
+        sheet = side_by_side({"base": self._base, f"step {step}": rows})
         folder = run.folder / "previews"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"step-{step:06d}.png")
@@ -116,6 +122,19 @@ class Previews:
 def to_picture(pixels: Tensor) -> Image.Image:
     """(H, W, 3) in [0, 1] → picture."""
     return Image.fromarray((pixels[..., :3].clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy())
+
+
+def side_by_side(parts: Mapping[str, list[list[Image.Image]]], gap: int = 6, line: int = 14) -> Image.Image:
+    """Contact sheets beside each other, each under its name."""
+    sheets = {name: contact_sheet(rows) for name, rows in parts.items()}
+    width = sum(sheet.width + gap for sheet in sheets.values()) - gap
+    canvas = Image.new("RGB", (width, line + max(sheet.height for sheet in sheets.values())), (255, 255, 255))
+    pen, left = ImageDraw.Draw(canvas), 0
+    for name, sheet in sheets.items():
+        pen.text((left + 2, 1), name, fill=(0, 0, 0))
+        canvas.paste(sheet, (left, line))
+        left += sheet.width + gap
+    return canvas
 
 
 def contact_sheet(rows: list[list[Image.Image]], gap: int = 2) -> Image.Image:

@@ -35,11 +35,11 @@ class Progress:
         if self.node_id is None or not (now or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES):
             return
         self._last_line = time.monotonic()
-        server = _server()
+        server = host_server()
         if server is not None:
             server.send_progress_text(text, self.node_id, server.client_id)
 
 
-def _server() -> Any:
+def host_server() -> Any:
     """The host's server, where there is one in this process."""
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)

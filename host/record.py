@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import math
+import statistics
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..kernels.lora import LoRA
+from ..kernels.adapter import Adapter
+from ..kernels.embeddings import bundle
 from ..kernels.metadata import training_metadata
 from ..kernels.names import NameTable
 from ..kernels.safetensors_io import LoraModel
 from ..kernels.writing import to_state_dict
+from ..training.continuing import Segment
 from ..training.dataset.captions import tags
 from ..training.dataset.describe import options
 from ..training.dataset.model import Dataset
+from ..training.estimate import Estimate
+from ..training.learners import MODEL, Component, groups
+from ..training.logs import Log, band_names
 from ..training.loop import Trainer
+from ..training.runstate import Found
 from ..training.settings import Plan
 from .denoiser import prediction_of
 from .identify import architecture
 from .previews import Previews
 from .runs import Run
+from .text_loan import LiveText, words_of
+
+CURVE = 8  # measurements shown in the report
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,15 @@ class Request:
     previews: Previews | None = None
 
 
+class Measurement(NamedTuple):
+    step: int
+    loss: float
+
+    @property
+    def rank(self) -> float:
+        return math.inf if math.isnan(self.loss) else self.loss
+
+
 @dataclass
 class Session:
     """What the parts of a run share."""
@@ -49,46 +71,72 @@ class Session:
     run: Run
     patcher: Any
     names: NameTable
-    adapters: dict[str, LoRA]
+    components: list[Component]
     notes: list[str]
     recipe: dict[str, Any]
-    validation: list[tuple[int, float]] = field(default_factory=list)  # (step, loss) of what is never trained on
+    log: Log
+    saved: Found | None = None  # what the run goes on from
+    live: LiveText | None = None  # where something of the text is trained
+    compute_dtype: Any = None  # where it is not the host's own choice
+    estimate: Estimate | None = None  # of what a step needs
+    kept: int = 0  # step of the state on disk
+    segments: list[Segment] = field(default_factory=list)  # schedules of the learning rate, the last one is followed
+    validation: list[tuple[int, dict[float, float]]] = field(default_factory=list)  # (step, time → loss)
+    seconds: list[float] = field(default_factory=list)  # of each step of this session
+    skipped: int = 0  # steps in which half precision overflowed
     started: float = field(default_factory=time.time)
+
+    @property
+    def lowest(self) -> Measurement:
+        """The lowest validation loss so far, the first of equal ones."""
+        return min((Measurement(step, mean(losses)) for step, losses in self.validation), key=lambda one: one.rank)
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest validation loss among those at which something had been learned."""
+        learned = [Measurement(step, mean(losses)) for step, losses in self.validation if step]
+        best = min(learned, key=lambda one: one.rank, default=None)
+        return None if best is None or math.isnan(best.loss) else best.step
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the validation loss has not fallen for as long as the run bears."""
+        patience = self.request.plan.run.early_stop
+        if not patience or not self.validation:
+            return False
+        since = [step for step, _ in self.validation if step > self.lowest.step]
+        return len(since) >= patience
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Those on the diffusion model, by module path."""
+        return next((part.adapters for part in self.components if part.name == MODEL), {})
 
 
 def identity(session: Session) -> dict[str, Any]:
-    """What must be the same for a run to be continued: the shape of what is trained."""
-    shapes = "\n".join(
-        f"{path} {adapter.shape} {adapter.rank} {adapter.alpha}" for path, adapter in session.adapters.items()
+    """What must be the same for a run to be continued: the model, and what is trained in the order it is saved in."""
+    names = {
+        id(tensor): f"{part.name} {path} {adapter.alpha} {index}"
+        for part in session.components
+        for path, adapter in part.adapters.items()
+        for index, tensor in enumerate(adapter.parameters())
+    }
+    names |= {id(tensor): f"{part.name} {name}" for part in session.components for name, tensor in part.loose.items()}
+    trained = "\n".join(
+        f"{names[id(tensor)]} {tuple(tensor.shape)}"
+        for group in groups(session.components, session.request.plan.loraplus_ratio)
+        for tensor in group.tensors
     )
-    plan = session.request.plan
     return {
         "base model": architecture(session.patcher.model)[0],
-        "layers": plan.adapter.layers,
-        "rank": plan.rank,
-        "alpha": plan.alpha,
-        "conv_rank": plan.adapter.conv_rank,
-        "conv_alpha": plan.adapter.conv_alpha,
-        "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
+        "trained": hashlib.sha256(trained.encode()).hexdigest(),
     }
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name, value in now.items():
-        old = before.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            found.extend(changes(old, value, f"{prefix}{name}."))
-        elif name == "fingerprint" and old != value:  # two hashes would tell nobody anything
-            found.append("the dataset's images, captions or options")
-        elif old != value:
-            found.append(f"{prefix}{name} {old!r} → {value!r}")
-    return found
-
-
 def recipe(request: Request) -> dict[str, Any]:
+    """What the run is made of, as JSON gives it back."""
     dataset = request.dataset
-    return {
+    whole = {
         **dataclasses.asdict(request.plan),
         "dataset": {
             "fingerprint": dataset.fingerprint(),
@@ -97,6 +145,7 @@ def recipe(request: Request) -> dict[str, Any]:
             "options": options(dataset),
         },
     }
+    return json.loads(json.dumps(whole))
 
 
 def lora(session: Session, trainer: Trainer) -> LoraModel:
@@ -129,8 +178,20 @@ def lora(session: Session, trainer: Trainer) -> LoraModel:
         tag_frequency=_tag_counts(dataset),
         training_started_at=session.started,
         training_finished_at=time.time(),
+        trigger_phrase=", ".join(words_of(session.components)) or None,
+        extra=_rates(session),
     )
-    return LoraModel(to_state_dict(session.adapters, session.names.write), metadata, trained=True)
+    adapters = {path: adapter for part in session.components for path, adapter in part.adapters.items()}
+    embeddings = {name: tensor for part in session.components for name, tensor in part.loose.items()}
+    tensors = to_state_dict(adapters, session.names.write) | bundle(embeddings)
+    return LoraModel(tensors, metadata, trained=True)
+
+
+def _rates(session: Session) -> dict[str, Any]:
+    """The learning rates of the parts, as kohya's trainers note them; None where a part is not trained."""
+    rates = {part.name: part.learning_rate for part in session.components}
+    encoders = [rate for name, rate in rates.items() if name.startswith("te")]
+    return {"unet_lr": rates.get(MODEL), "text_encoder_lr": encoders or None}
 
 
 def _tag_counts(dataset: Dataset) -> dict[str, Counter[str]]:
@@ -142,18 +203,88 @@ def _tag_counts(dataset: Dataset) -> dict[str, Counter[str]]:
     return counts
 
 
+# -- the report
+
+
 def report(session: Session, trainer: Trainer) -> str:
-    parameters = sum(tensor.numel() for tensor in trainer.parameters)
-    losses = trainer.losses
-    tail = losses[-max(1, len(losses) // 10) :]
     lines = [
         f"run {session.run.name!r}: {trainer.step_number} of {trainer.total_steps} steps",
-        f"{len(session.adapters)} layers ({session.request.plan.adapter.layers}), {parameters:,} trained numbers",
+        *_trained(session, trainer),
+        *_losses(trainer),
+        *_measured(session),
+        *_time(session),
+        *_kept(session, trainer),
     ]
-    if losses:
-        lines.append(f"loss {losses[0]:.4f} at first, {sum(tail) / len(tail):.4f} over the last {len(tail)} steps")
-    if session.validation:
-        curve = " → ".join(f"{loss:.4f} (step {step})" for step, loss in session.validation)
-        lines.append(f"validation loss {curve}, at fixed noise")
-    lines.append(f"kept in {session.run.folder}")
     return "\n".join(lines + [f"note: {note}" for note in session.notes])
+
+
+def _trained(session: Session, trainer: Trainer) -> list[str]:
+    numbers = f"{sum(tensor.numel() for tensor in trainer.parameters):,} trained numbers"
+    parts = [
+        f"{len(part.adapters)} layers ({session.request.plan.adapter.layers})"
+        if part.name == MODEL
+        else f"{part.name} with {len(part.adapters) or len(part.loose)} {'layers' if part.adapters else 'tensors'}"
+        for part in session.components
+    ]
+    return [", ".join([*parts, numbers])]
+
+
+def _losses(trainer: Trainer) -> list[str]:
+    losses = trainer.losses
+    if not losses:
+        return []
+    few = max(1, len(losses) // 10)
+    lines = [f"loss {losses[0]:.4f} at first, {_mean(losses[-few:]):.4f} over the last {few} steps"]
+    bands = []
+    for name, column in zip(band_names(), zip(*trainer.bands, strict=True), strict=True):
+        first, last = _mean(column[:few]), _mean(column[-few:])
+        if not (math.isnan(first) or math.isnan(last)):
+            bands.append(f"{name}: {first:.4f} → {last:.4f}")
+    if bands and len(losses) > 1:
+        lines.append(f"loss by timestep (0 is clean), first → last tenth of the steps: {', '.join(bands)}")
+    return lines
+
+
+def _measured(session: Session) -> list[str]:
+    found = session.validation
+    if not found:
+        return []
+    shown = found if len(found) <= CURVE else [*found[:1], *found[1 - CURVE :]]
+    left = f" ({len(found) - len(shown)} measurements between the first two are left out)" if found != shown else ""
+    curve = " → ".join(f"{mean(losses):.4f} (step {step})" for step, losses in shown)
+    lines = [f"validation loss {curve}, at fixed noise{left}"]
+    (_, first), (_, last) = found[0], found[-1]
+    if len(found) > 1:
+        each = ", ".join(f"{time:g}: {first[time]:.4f} → {last[time]:.4f}" for time in first if time in last)
+        lines.append(f"validation by timestep (0 is clean): {each}")
+        best = session.lowest
+        lines.append(f"lowest validation loss {best.loss:.4f} at step {best.step}")
+    return lines
+
+
+def _time(session: Session) -> list[str]:
+    if not session.seconds:
+        return []
+    skipped = f", {session.skipped} skipped because half precision overflowed" if session.skipped else ""
+    return [f"{statistics.median(session.seconds):.2f} s per step{skipped}"]
+
+
+def _kept(session: Session, trainer: Trainer) -> list[str]:
+    run = session.run
+    steps = len(list(run.folder.glob("*-step*.safetensors")))
+    lines = [f"kept in {run.folder}{f', with the LoRAs of {steps} steps on the way' if steps else ''}"]
+    if session.best is not None and run.lora_file("best").exists():
+        lines.append(f"the best on held-out pictures, of step {session.best}: {run.lora_file('best').name}")
+    if trainer.average is not None and run.lora_file("ema").exists():
+        lines.append(f"moving average of {trainer.average.updates} steps: {run.lora_file('ema').name}")
+    return lines
+
+
+def mean(losses: Mapping[float, float]) -> float:
+    return sum(losses.values()) / len(losses)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are numbers."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,15 +1,22 @@
 """Run folders: where a training keeps what it needs to go on, and what it has learned so far.
 
-One folder per run name below ``output/lora_loom``: ``state.safetensors`` (adapters, optimizer, position; the facts of
-the run as JSON in its header) and ``<name>.safetensors`` (the LoRA). Both are written aside and moved into place.
+One folder per run name below ``output/lora_loom``:
+
+* ``<name>.safetensors``, the LoRA so far; ``<name>-step000500``, ``<name>-best`` and ``<name>-ema`` where wanted
+* ``state-<step>``, what the run goes on from (``training.runstate``)
+* ``log.jsonl``, ``tensorboard``, ``previews``
+
+LoRAs are written aside and moved into place, and before the state, so that a state never tells of a LoRA that is not
+there. ``Run.locked`` keeps a second trainer, in this process or another, from writing to the same folder.
 Names come from a graph and are untrusted: only plain file names that every system accepts pass.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +24,19 @@ from typing import Any
 import folder_paths
 from torch import Tensor
 
-from ..kernels.safetensors_io import LoraModel, load_tensors, read_metadata, save_tensors
+from ..kernels.safetensors_io import LoraModel, save_tensors
+from ..training import runstate
 
 IF_EXISTS = {
     "continue": "go on where that run stopped, or return its result when it is complete",
     "new": "start afresh under the next free name (name-2, name-3, …)",
     "error": "stop with an error",
 }
-STATE = "state"  # the file that a run goes on from
+STATE = "state"  # what the states in a run folder are called
+LOCK = ".lock"
 _NAME = re.compile(r"[\w][\w .+-]{0,98}[\w]|[\w]", re.ASCII)
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10))}
+_UNFINISHED = re.compile(r"\..*\.part")
 
 
 class RunError(ValueError):
@@ -39,28 +49,125 @@ class Run:
     folder: Path
 
     @property
-    def state_path(self) -> Path:
-        return self.folder / f"{STATE}.safetensors"
-
-    @property
     def lora_path(self) -> Path:
-        return self.folder / f"{self.name}.safetensors"
+        return self.lora_file()
+
+    def lora_file(self, mark: str = "") -> Path:
+        """Where the LoRA is kept, or one of its kinds: ``step000500``, ``best``, ``ema``."""
+        return self.folder / f"{self.name}{mark and f'-{mark}'}.safetensors"
 
     def exists(self) -> bool:
-        return self.state_path.exists()
+        """Whether there is something that another run must not overwrite."""
+        return self.lora_path.exists() or runstate.has_state(self.folder) or self._old_state().exists()
 
-    def facts(self) -> dict[str, Any]:
-        """What was written beside the state."""
-        return json.loads(read_metadata(self.state_path)["loom.run"])
+    def saved(self) -> runstate.Found | None:
+        """What to go on from. Raises RunError where something is there that cannot be gone on from."""
+        try:
+            found = runstate.find_state(self.folder)
+        except runstate.StateError as error:
+            raise RunError(f"run_name: the run {self.name!r}: {error}") from error
+        if found is None and self._old_state().exists():
+            raise RunError(
+                f"run_name: the run {self.name!r} was made by LoRA Loom 0.1, whose states this version does not go on "
+                f"from. Choose another run_name, or set if_run_exists to new; the LoRA so far is {self.lora_path} and "
+                "can be connected to start_from"
+            )
+        return found
 
-    def state(self) -> LoraModel:
-        return load_tensors(self.state_path)
+    def _old_state(self) -> Path:
+        return self.folder / f"{STATE}.safetensors"
 
-    def write(self, state: Mapping[str, Tensor], facts: Mapping[str, Any], lora: LoraModel) -> None:
-        """Keep both files; the LoRA first, so that a state never tells of a LoRA that is not there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(lora, self.lora_path)
-        save_tensors(state, self.state_path, {"loom.run": json.dumps(facts, sort_keys=True)})
+    def keep(self, lora: LoraModel, mark: str = "") -> Path:
+        """Write a LoRA in one step."""
+        return save_tensors(lora, self.lora_file(mark))
+
+    def keep_step(self, lora: LoraModel, step: int, last: int) -> None:
+        """Write the LoRA of a step; with ``last``, only so many of the steps until here are kept."""
+        self.keep(lora, f"step{step:06d}")
+        if not last:
+            return
+        pattern = re.compile(re.escape(self.name) + r"-step(\d{6,})\.safetensors")
+        steps = {int(match[1]): path for path in self.folder.iterdir() if (match := pattern.fullmatch(path.name))}
+        for old in sorted(number for number in steps if number <= step)[:-last]:
+            steps[old].unlink(missing_ok=True)
+
+    def keep_state(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        runstate.write_state(self.folder, step, tensors, facts)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes to this run meanwhile. Raises RunError where somebody does."""
+        new = not self.folder.exists()
+        path = self.folder / LOCK
+        handle = _lock(path)
+        if handle is None:
+            raise RunError(
+                f"run_name: the run {self.name!r} is being trained right now. Wait until it is done, or choose another "
+                "run_name"
+            )
+        try:
+            self._clean()
+            yield
+        finally:
+            with suppress(OSError):  # Windows: somebody has just opened it to find it locked
+                if os.name != "nt":  # while it is held, so that nobody locks a file that is gone
+                    path.unlink()
+            os.close(handle)
+            with suppress(OSError):
+                if os.name == "nt":
+                    path.unlink()
+            if new:
+                with suppress(OSError):  # something was written
+                    self.folder.rmdir()
+
+    def _clean(self) -> None:
+        """Remove what a killed process left half-written."""
+        runstate.clean(self.folder)
+        for path in self.folder.iterdir():
+            if _UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink()
+
+
+def _lock(path: Path) -> int | None:
+    """A handle that holds the lock until it is closed, however the process ends; None when somebody else holds it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not _try_lock(handle):
+                os.close(handle)
+                return None
+            if os.name == "nt" or _is_at(handle, path):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # the holder before us has removed the file meanwhile
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(handle: int) -> bool:
+    """Whether the lock could be had. A file system without locks gives it to everybody."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def open_run(name: str, if_exists: str) -> Run:

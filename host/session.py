@@ -1,39 +1,49 @@
 """One training run in the host, from the sockets of a node to a LoRA.
 
-``train(request)``: check → encode data → borrow the model → step, save, preview → give back → LoRA, losses, report.
-Previews and encoding run outside the loan, which is then taken again. Whatever ends the run, the host's model is as it
-was, and what has been learned is in the run folder.
+``train(request)``: check → encode data → borrow the model → step, measure, save, preview → give back → LoRA, losses,
+report. Previews and encoding run outside the loan, which is then taken again. Whatever ends the run, the host's model
+is as it was, and what has been learned is in the run folder (``keeping``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import comfy.model_management
 import torch
 
-from ..kernels.adapter import Adapter, Options
-from ..kernels.layers import Target, select_targets
-from ..kernels.lora import LoRA
-from ..kernels.names import NameTable
-from ..kernels.reading import read_lora
+from ..kernels.core_reads import warnings
+from ..kernels.names import NameTable, layer_shapes
 from ..kernels.safetensors_io import LoraModel
+from ..training.adapters import build
 from ..training.dataset.balancing import presentations_per_image
-from ..training.dataset.batches import BatchPlan
+from ..training.dataset.batches import TRAINED, BatchPlan
 from ..training.dataset.describe import notes as dataset_notes
-from ..training.loop import StepReport, Trainer, TrainingDivergedError, generator
-from ..training.settings import OptionError, Plan
-from . import record
-from .denoiser import HostDenoiser, prediction_of
+from ..training.embeddings import check_used, parse
+from ..training.learners import MODEL, Component, groups
+from ..training.logs import Log, check_tensorboard
+from ..training.loop import StepReport, Trainer, TrainingDivergedError
+from ..training.objective import check_objective
+from ..training.optimizers.make import check_saves
+from ..training.options import OptionError
+from ..training.starting import start_from
+from . import keeping, record
+from .advice import advise
+from .denoiser import HostDenoiser, prediction_of, zero_terminal_note
 from .examples import HostExamples
-from .loan import borrow
+from .layers import weight_reader
+from .loan import Loan, borrow, undisturbed
 from .patched import trainable_clone
+from .precision import compute_dtype, host_dtype
+from .preflight import memory_required, preflight
 from .progress import Progress
 from .record import Request, Session
-from .runs import Run, RunError, open_run
+from .runs import Run, open_run
+from .text_loan import LiveText, borrow_text, is_text, text_components, trainable_clip
 
 # activations of a training step against the host's estimate for inference, without and with checkpointing
 ACTIVATION_FACTORS = {False: 6.0, True: 2.0}
@@ -57,17 +67,20 @@ def train(request: Request) -> Result:
     """
     _check_inputs(request)
     run = open_run(request.run_name, request.if_run_exists)
-    patcher, notes = trainable_clone(request.model)
-    session = _prepare(request, run, patcher, notes)
-    plan = request.plan
-    order = BatchPlan(request.dataset, plan.batch_size, plan.seed)
-    session.notes.extend([*dataset_notes(request.dataset), *order.notes()])
-    total = plan.steps_for(order.batches_in, presentations_per_image(request.dataset))
-    examples = HostExamples(
-        request.dataset, order, patcher, request.clip, request.vae, plan.optimizer.gradient_accumulation, total
-    )
-    with torch.inference_mode(False):
-        return _run(session, examples, total)
+    with run.locked():
+        patcher, notes = trainable_clone(request.model)
+        session = _prepare(request, run, patcher, notes)
+        plan = request.plan
+        order = BatchPlan(request.dataset, plan.batch_size, plan.seed)
+        session.notes.extend([*dataset_notes(request.dataset), *order.notes()])
+        total = plan.steps_for(order.batches_in, presentations_per_image(request.dataset))
+        prediction = prediction_of(patcher.get_model_object("model_sampling"))
+        advice = advise(patcher.model, prediction, plan, request.dataset, total, request.node_id)
+        session.notes.extend(finding.line() for finding in advice)
+        keeping.choose_schedule(session, total, order.batches_in(1) / plan.optimizer.gradient_accumulation)
+        examples = HostExamples(request.dataset, order, patcher, request.clip, request.vae, plan, total, session.live)
+        with torch.inference_mode(False):
+            return _run(session, examples, total)
 
 
 def _check_inputs(request: Request) -> None:
@@ -75,117 +88,143 @@ def _check_inputs(request: Request) -> None:
         raise OptionError("clip is not connected: the captions are encoded with it. Connect the CLIP of the checkpoint")
     if request.vae is None:
         raise OptionError("vae is not connected: the images are encoded with it. Connect the VAE of the checkpoint")
+    check_tensorboard(request.plan.run.tensorboard)
 
 
 def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> Session:
     plan, model = request.plan, patcher.model
     model_sampling = patcher.get_model_object("model_sampling")
-    prediction_of(model_sampling)
-    settings = plan.adapter
-    targets = select_targets(model, settings.layers, settings.conv_rank > 0)
-    if settings.conv_rank > 0 and not any(_is_spatial(target) for target in targets):
-        notes.append(f"conv_rank has no effect: the layers of {settings.layers!r} hold no k×k convolution")
-    names = NameTable.of(model)
+    check_objective(plan.objective, prediction_of(model_sampling))
+    if plan.objective.zero_terminal_snr:
+        notes.append(zero_terminal_note(model_sampling))
+    names, saved = NameTable.of(model), run.saved()
+    components: list[Component] = []
     with torch.inference_mode(False):
-        adapters = _fresh_adapters(plan, targets)
+        if plan.components.train_model:
+            built = build(model, plan, weight_reader(patcher))
+            components.append(Component(MODEL, built.adapters, plan.learning_rate, factors=built.factors))
+            notes.extend(built.notes)
+        live = _prepare_text(request, components, notes)
+        if live is not None:
+            names = NameTable({**names.shapes, **layer_shapes(live.clip.cond_stage_model)})
         if request.start_from is not None:
-            note = _start_from(adapters, request.start_from, names)
-            notes.append("start_from has no effect: the run goes on with its own weights" if run.exists() else note)
-    session = Session(request, run, patcher, names, adapters, notes, record.recipe(request))
-    _check_run(session)
+            found = start_from(components, request.start_from, names)
+            notes.extend(["start_from has no effect: the run goes on with its own weights"] if saved else found)
+    notes.extend(warnings(adapter for component in components for adapter in component.adapters.values()))
+    log = Log(run.folder, saved.step if saved else 0, plan.run.tensorboard)
+    session = Session(request, run, patcher, names, components, notes, record.recipe(request), log, saved, live)
+    session.compute_dtype = compute_dtype(plan.run.compute_dtype, patcher)
+    keeping.check(session)
     return session
 
 
-def _is_spatial(target: Target) -> bool:
-    return any(size > 1 for size in target.shape[2:])
-
-
-def _fresh_adapters(plan: Plan, targets: list[Target]) -> dict[str, LoRA]:
-    adapters = {}
-    for index, target in enumerate(targets):
-        spatial = _is_spatial(target)
-        rank = plan.adapter.conv_rank if spatial else plan.rank
-        alpha = plan.adapter.conv_alpha if spatial else plan.alpha
-        adapters[target.path] = LoRA.create(target.shape, Options(rank, alpha), generator(plan.seed, "adapter", index))
-    return adapters
-
-
-def _start_from(adapters: dict[str, LoRA], given: LoraModel, names: NameTable) -> str:
-    """Take over the plain LoRAs that ``given`` holds for the same layers; returns a note."""
-    found = read_lora(given, names).adapters
-    loaded = {path: adapter for path, adapter in found.items() if path in adapters and _is_pair(adapter)}
-    if not loaded:
-        raise OptionError(
-            "start_from: none of its layers is trained here. It must be a LoRA for this MODEL, and the layers preset "
-            "of the adapter settings must cover it"
-        )
-    alphas = set()
-    for path, adapter in loaded.items():
-        if adapter.rank != adapters[path].rank:
-            raise OptionError(
-                f"start_from has rank {adapter.rank} on {path}, rank is {adapters[path].rank}: "
-                f"set rank (or conv_rank) to {adapter.rank}"
-            )
-        if adapter.alpha != adapters[path].alpha:
-            alphas.add(adapter.alpha)
-        adapters[path] = LoRA(adapter.down.float().clone(), adapter.up.float().clone(), adapter.alpha)
-    unused = len(given) - sum(len(adapter.state()) for adapter in loaded.values())
-    left = f", {unused} of its keys are not trained here" if unused > 0 else ""
-    kept = f"; its alpha {', '.join(f'{value:g}' for value in sorted(alphas))} stays" if alphas else ""
-    return f"started from the given LoRA on {len(loaded)} of {len(adapters)} layers{left}{kept}"
-
-
-def _is_pair(adapter: Adapter) -> TypeGuard[LoRA]:
-    """A LoRA without Tucker's core: all that is trained here so far."""
-    return type(adapter) is LoRA and adapter.mid is None
+def _prepare_text(request: Request, components: list[Component], notes: list[str]) -> LiveText | None:
+    """Adds what is trained of the text to ``components``; None where nothing is."""
+    plan, dataset = request.plan, request.dataset
+    if not plan.components.trains_text:
+        return None
+    shown = [dataset.samples[index] for index in dataset.members(*TRAINED)]
+    options = [dataset.of(sample).captions for sample in shown]
+    around = [text for one in options for text in (one.trigger, one.prefix, one.suffix)]
+    check_used(parse(plan.components.embeddings), [*around, *(sample.caption for sample in shown)])
+    clip, left_out = trainable_clip(request.clip)
+    found, told = text_components(clip, plan)
+    components.extend(found)
+    notes.extend([*left_out, *told])
+    return LiveText(clip, components)
 
 
 def _run(session: Session, examples: HostExamples, total: int) -> Result:
     request, plan = session.request, session.request.plan
     device = session.patcher.load_device
-    session.adapters = {path: adapter.to(device) for path, adapter in session.adapters.items()}
-    trainer = Trainer(session.adapters, None, examples, plan, total, half_precision=_half_precision(session.patcher))
-    _continue(session, trainer)
+    rates = {group.learning_rate for group in groups(session.components, plan.loraplus_ratio)}
+    check_saves(plan.optimizer, device, sorted(rates))
+    kept_in = torch.bfloat16 if plan.run.parameter_dtype == "bf16" else None
+    for component in session.components:
+        where = session.live.device if session.live is not None and is_text(component) else device
+        component.adapters = {path: adapter.to(where, kept_in) for path, adapter in component.adapters.items()}
+        component.loose = {name: tensor.to(where) for name, tensor in component.loose.items()}
+    trainer = Trainer(
+        session.components,
+        None,
+        examples,
+        plan,
+        total,
+        half_precision=(session.compute_dtype or host_dtype(session.patcher)) == torch.float16,
+        schedule=session.segments[-1].schedule(plan.optimizer),
+    )
+    trainer.device = device  # where the model computes, wherever the text does
+    keeping.restore(session, trainer)
     progress = Progress(total, request.node_id)
     progress.advance(trainer.step_number)
-    finished = True
-    if not trainer.finished:
-        _make_ready(session, trainer, examples, progress)  # data at fault ends the run before it leaves anything behind
+    with session.log:
+        if not _over(session, trainer):
+            _make_ready(session, trainer, examples, progress)  # data at fault ends the run before it leaves anything
+            _try_out(session, trainer, examples, progress)
+        finished = _train_to_the_end(session, trainer, examples, progress)
+        if not finished:
+            lora = keeping.looked_at(session, trainer) if trainer.intact else record.lora(session, trainer)
+        elif trainer.step_number > session.kept:
+            lora = keeping.save(session, trainer, complete=True)
+        else:
+            lora = keeping.looked_at(session, trainer)
+            session.run.keep(lora)  # it may have been deleted since
+        if request.previews is not None and finished:
+            _preview(session, trainer, progress, lora)
+    session.notes.extend(examples.notes())
+    return Result(lora, trainer.losses, record.report(session, trainer), finished)
+
+
+def _over(session: Session, trainer: Trainer) -> bool:
+    return trainer.finished or session.stalled
+
+
+def _train_to_the_end(session: Session, trainer: Trainer, examples: HostExamples, progress: Progress) -> bool:
+    """All steps that are left. False when the run ended before its time, with the weights it ends with."""
     try:
-        while not trainer.finished:
+        while not _over(session, trainer):
             _make_ready(session, trainer, examples, progress)
             _train_until_break(session, trainer, examples, progress)
-            if request.previews is not None and not trainer.finished:
-                _preview(session, trainer, progress, record.lora(session, trainer))
+            if session.request.previews is not None and not _over(session, trainer):
+                _preview(session, trainer, progress, keeping.looked_at(session, trainer))
     except TrainingDivergedError as error:
         if trainer.step_number == 0:
             raise
-        session.notes.append(f"STOPPED EARLY, the last good weights are kept. {error}")
-        finished = False
+        kept = keeping.keep_lora_only(session, trainer)
+        session.notes.append(f"STOPPED EARLY, the last good weights are kept. {error} {kept}")
+        return False
     except comfy.model_management.InterruptProcessingException:
-        _save(session, trainer, complete=False)
-        if plan.run.on_cancel != "stop and keep":
+        kept = keeping.keep_so_far(session, trainer)
+        if session.request.plan.run.on_cancel != "stop and keep":
+            progress.tell(f"stopped by you. {kept}", now=True)
             raise
-        session.notes.append(f"stopped by you after {trainer.step_number} of {total} steps; queue again to go on")
-        finished = False
-    except BaseException:
-        if trainer.intact:  # out of memory and the like: what has been learned is not lost
-            _save(session, trainer, complete=False)
+        steps = f"{trainer.step_number} of {trainer.total_steps} steps"
+        session.notes.append(f"stopped by you after {steps}; {'queue again to go on' if trainer.intact else kept}")
+        return False
+    except BaseException as error:  # out of memory and the like: what has been learned is not lost
+        _tell(error, _kept_in_spite_of(error, session, trainer))
         raise
-    lora = _save(session, trainer, complete=finished)
-    if request.previews is not None and finished:
-        _preview(session, trainer, progress, lora)
-    return Result(lora, trainer.losses, record.report(session, trainer), finished)
+    return True
+
+
+def _kept_in_spite_of(error: BaseException, session: Session, trainer: Trainer) -> str:
+    try:
+        return keeping.keep_so_far(session, trainer)
+    except OSError as second:
+        return f"what was learned since step {session.kept} could not be saved: {second}"
+
+
+def _tell(error: BaseException, text: str) -> None:
+    """Add to what the host shows of an error; its kind stays, by which the host knows what to do."""
+    if text:
+        error.args = (f"{error}\n\n{text}",)
 
 
 def _preview(session: Session, trainer: Trainer, progress: Progress, lora: LoraModel) -> None:
     assert session.request.previews is not None
-    progress.show(session.request.previews(session.run, trainer.step_number, lora))
-
-
-def _half_precision(patcher: Any) -> bool:
-    model = patcher.model
-    return (model.manual_cast_dtype or model.get_dtype()) == torch.float16
+    sheet = session.request.previews(session.run, trainer.step_number, lora)
+    progress.show(sheet)
+    session.log.picture(trainer.step_number, "preview", sheet)
 
 
 def _make_ready(session: Session, trainer: Trainer, examples: HostExamples, progress: Progress) -> None:
@@ -203,38 +242,82 @@ def _make_ready(session: Session, trainer: Trainer, examples: HostExamples, prog
         examples.prepare(trainer.step_number, begin)
 
 
+@contextmanager
+def _lent(session: Session, trainer: Trainer, examples: HostExamples) -> Iterator[Loan]:
+    """The model, and what of the text is trained, on loan to ``trainer``."""
+    run, live = session.request.plan.run, session.live
+    checkpoint, offload = run.gradient_checkpointing, run.offload_activations
+    with ExitStack() as stack:
+        memory = _memory_required(session, trainer, examples, checkpoint)
+        if live is not None:
+            stack.enter_context(borrow_text(live, checkpoint, memory, beside=[session.patcher], offload=offload))
+        beside = [] if live is None else [live.clip.patcher]
+        loan = stack.enter_context(
+            borrow(
+                session.patcher,
+                session.adapters,
+                checkpoint,
+                memory,
+                beside,
+                offload=offload,
+                compute_dtype=session.compute_dtype,
+            )
+        )
+        trainer.denoiser = HostDenoiser(loan, session.request.plan.objective.zero_terminal_snr)
+        yield loan
+
+
+def _try_out(session: Session, trainer: Trainer, examples: HostExamples, progress: Progress) -> None:
+    """One step without consequences: what it finds and needs is told before the first that counts."""
+    if not session.request.plan.run.smoke_test:
+        return
+    progress.tell("trying out a step", now=True)
+    with _lent(session, trainer, examples) as loan:
+        texts = [] if session.live is None else [session.live.clip.cond_stage_model]
+        session.estimate, notes = preflight(trainer, examples, loan, *texts)
+    session.notes.extend(notes)
+    progress.tell("\n".join(notes), now=True)
+
+
 def _train_until_break(session: Session, trainer: Trainer, examples: HostExamples, progress: Progress) -> None:
     """One loan: steps until the run is done or something has to be done without the loan."""
     plan, request = session.request.plan, session.request
     every = getattr(request.previews, "every", 0)
-    checkpoint = plan.run.gradient_checkpointing
-    with borrow(
-        session.patcher, session.adapters, checkpoint, _memory_required(session, trainer, examples, checkpoint)
-    ) as loan:
-        trainer.denoiser = HostDenoiser(loan)
+    with _lent(session, trainer, examples):
         if not session.validation:
-            _validate(session, trainer, examples)
-        while not trainer.finished and examples.ready(trainer.step_number):
+            keeping.validate(session, trainer, examples)
+        while not _over(session, trainer) and examples.ready(trainer.step_number):
             comfy.model_management.throw_exception_if_processing_interrupted()
             began = time.perf_counter()
-            report = trainer.step()
+            report = undisturbed(trainer.step)
+            session.seconds.append(time.perf_counter() - began)
+            session.log.after(report, session.seconds[-1])
+            session.skipped += report.skipped
             progress.advance()
-            progress.tell(_line(report, trainer.total_steps, time.perf_counter() - began), now=trainer.finished)
-            if plan.run.save_every and report.step % plan.run.save_every == 0 and not trainer.finished:
-                _save(session, trainer, complete=False)
-            if trainer.finished:
-                _validate(session, trainer, examples)
+            progress.tell(_line(report, trainer.total_steps, session.seconds[-1]), now=trainer.finished)
+            if trainer.finished or (plan.run.validate_every and report.step % plan.run.validate_every == 0):
+                trainer.check_finite()
+                keeping.validate(session, trainer, examples)
+            if not _over(session, trainer) and _save_is_due(session, examples, report.step):
+                trainer.check_finite()
+                keeping.save(session, trainer, complete=False, on_the_way=True)
             if every and report.step % every == 0:
                 return
 
 
-def _validate(session: Session, trainer: Trainer, examples: HostExamples) -> None:
-    if batches := examples.validation():
-        session.validation.append((trainer.step_number, trainer.validation_loss(batches)))
+def _save_is_due(session: Session, examples: HostExamples, step: int) -> bool:
+    settings = session.request.plan.run
+    if not settings.save_every or settings.save_unit == "steps":
+        return bool(settings.save_every) and step % settings.save_every == 0
+    accumulation = session.request.plan.optimizer.gradient_accumulation
+    before, now = (examples.order.locate(count * accumulation)[0] for count in (step - 1, step))  # whole epochs
+    return now // settings.save_every > before // settings.save_every
 
 
 def _memory_required(session: Session, trainer: Trainer, examples: HostExamples, checkpoint: bool) -> float:
     """Bytes beside the weights: activations, gradients and optimizer, generously."""
+    if session.estimate is not None:
+        return memory_required(session.estimate)
     shape = [examples.order.largest_batch, *examples.largest_latent().shape[1:]]
     adapters = sum(tensor.numel() * tensor.element_size() for tensor in trainer.parameters)
     return session.patcher.model.memory_required(shape) * ACTIVATION_FACTORS[checkpoint] + 5 * adapters
@@ -244,48 +327,3 @@ def _line(report: StepReport, total: int, seconds: float) -> str:
     pace = f"{1 / seconds:.2f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step"
     return f"step {report.step}/{total} · loss {report.loss:.4f} · lr {report.learning_rate:.2e} · {pace}"
 
-
-# -- going on, keeping, telling
-
-
-def _check_run(session: Session) -> None:
-    """Refuse a run that is there already and was made of other adapters."""
-    run = session.run
-    if not run.exists():
-        return
-    saved, wanted = run.facts()["identity"], record.identity(session)
-    differing = [name for name, value in wanted.items() if saved.get(name) != value]
-    if differing:
-        name = differing[0]
-        what = f"with another {name} ({saved.get(name)!r}, now {wanted[name]!r})"
-        if name == "shapes":
-            what = "for a MODEL with other layers, or from another LoRA at start_from"
-        raise RunError(
-            f"run_name: the run {run.name!r} was made {what}. Choose another run_name, or set if_run_exists to new"
-        )
-
-
-def _continue(session: Session, trainer: Trainer) -> None:
-    run = session.run
-    if not run.exists():
-        return
-    trainer.restore(run.state())
-    changed = record.changes(run.facts()["recipe"], session.recipe)
-    session.notes.append(f"went on with run {run.name!r} after step {trainer.step_number}")
-    if changed:
-        session.notes.append(f"changed since then, from here on: {', '.join(changed)}")
-    if trainer.finished:
-        session.notes.append("the run is complete, nothing was trained; a greater length goes on with it")
-
-
-def _save(session: Session, trainer: Trainer, complete: bool) -> LoraModel:
-    lora = record.lora(session, trainer)
-    facts = {
-        "identity": record.identity(session),
-        "recipe": session.recipe,
-        "step": trainer.step_number,
-        "total": trainer.total_steps,
-        "complete": complete,
-    }
-    session.run.write(trainer.state(), facts, lora)
-    return lora

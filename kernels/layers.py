@@ -24,8 +24,11 @@ from .blocks import Block, BlockIndex, block_map, diffusion_tree
 # The innermost segment that matches decides. Modulation and norm come first: "adaln_modulation_self_attn.1" is neither.
 _KINDS = (
     ("other", re.compile(r"(?:^|_)mod(?:[A-Z]\w*)?$|(?i:modulation|adaln|norm)")),
-    ("attention", re.compile(r"^(?:\w+_)?(?:attn|attention)\d*$")),
-    ("mlp", re.compile(r"^(?:\w+_)?(?:mlp|ffn?|feed_?forward|(?:shared_)?experts)(?:\d+|[A-Z]|_[a-z]+)?$")),
+    ("attention", re.compile(r"^(?:\w+_)?(?:attn|attention)\d*$|^(?:Self|EncDec)Attention$")),
+    (
+        "mlp",
+        re.compile(r"^(?:\w+_)?(?:mlp|ffn?|feed_?forward|(?:shared_)?experts)(?:\d+|[A-Z]|_[a-z]+)?$|^DenseReluDense$"),
+    ),
 )
 _FUSED = re.compile(r"(?:^|\.)single_blocks\.\d+\.linear[12]$")  # qkv beside the mlp's way in, and both ways out
 
@@ -46,6 +49,7 @@ PRESETS: dict[str, Preset] = {
             "into and out of each spatial transformer.",
         ),
         Preset("full", "Every linear layer and convolution of the diffusion model, those outside the blocks too."),
+        Preset("conv", "Every k×k convolution of the diffusion model and nothing else; needs conv_rank."),
     )
 }
 
@@ -78,7 +82,7 @@ def select_targets(module_tree: nn.Module, preset: str, conv: bool) -> list[Targ
     """
     if preset not in PRESETS:
         raise ValueError(f"layers: there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    layers = [layer for layer in trainable_layers(module_tree) if conv or _is_pointwise(layer)]
+    layers = [layer for layer in trainable_layers(module_tree) if conv or not is_spatial(layer)]
     paths = {path for path, _ in module_tree.named_modules()}
     chosen = [layer for layer in layers if _belongs(layer, preset, paths)]
     if not chosen:
@@ -95,6 +99,11 @@ def trainable_layers(module_tree: nn.Module) -> Iterator[Target]:
         if found is not None:
             block = index.of(prefix + name)
             yield Target(prefix + name, *found, block.id if block else None)
+
+
+def is_spatial(layer: Target) -> bool:
+    """Whether it is a k×k convolution, what LoRA calls LoCon there; 1×1 ones count like linear layers."""
+    return any(size > 1 for size in layer.shape[2:])
 
 
 def attention_blocks(blocks: Iterable[Block]) -> list[Block]:
@@ -114,13 +123,9 @@ def _weight_of(module: Any) -> tuple[str, tuple[int, ...]] | None:
     return None
 
 
-def _is_pointwise(layer: Target) -> bool:
-    return all(size == 1 for size in layer.shape[2:])
-
-
 def _belongs(layer: Target, preset: str, paths: set[str]) -> bool:
-    if preset == "full":
-        return True
+    if preset in ("full", "conv"):
+        return preset == "full" or is_spatial(layer)
     if layer.block is None:
         return False
     kind = kind_of(layer.path)

@@ -2,14 +2,17 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host import routes
 from .applying import LoomLoRALoaderAdvanced
 from .dataset import LoomCombineDatasets, LoomDatasetFromImages, LoomDatasetLoader
 from .dataset_check import LoomContactSheet, LoomDatasetLint
 from .dataset_exchange import LoomDatasetToGraph, LoomDatasetToTOML, LoomDatasetUpdate
 from .dataset_settings import LoomCaptionSettings, LoomConceptSettings, LoomImageSettings
-from .files import LoomSaveLoRA
+from .files import LoomLoadLoRA, LoomSaveLoRA
+from .presets import LoomSavePreset
 from .settings import (
     LoomAdapterSettings,
+    LoomComponentSettings,
     LoomObjectiveSettings,
     LoomOptimizerSettings,
     LoomPreviewSettings,
@@ -37,9 +40,13 @@ NODES: list[type[io.ComfyNode]] = [
     LoomDatasetToGraph,
     LoomDatasetUpdate,
     LoomDatasetToTOML,
+    LoomComponentSettings,
+    LoomSavePreset,
+    LoomLoadLoRA,
 ]
 
 
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        routes.register()  # not in on_load, which older hosts never call
         return NODES

@@ -2,72 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
+from ..host import presets
 from ..host.previews import PreviewSettings, sampler_names, scheduler_names
-from ..kernels.layers import PRESETS
+from ..training.optimizers import OPTIMIZERS, check_installed
+from ..training.options import OptionError, options_of
+from ..training.presets import NONE, settings
 from ..training.settings import (
-    ON_CANCEL,
-    OPTIMIZERS,
-    SCHEDULES,
-    TIMESTEPS,
     AdapterSettings,
+    ComponentSettings,
     ObjectiveSettings,
     OptimizerSettings,
     RunSettings,
 )
 from .sockets import (
     LOOM_ADAPTER_SETTINGS,
+    LOOM_COMPONENT_SETTINGS,
     LOOM_OBJECTIVE_SETTINGS,
     LOOM_OPTIMIZER_SETTINGS,
     LOOM_PREVIEW_SETTINGS,
     LOOM_RUN_SETTINGS,
-    explained,
+    preset_widget,
     settings_schema,
+    widgets,
 )
 
 
 class LoomAdapterSettings(io.ComfyNode):
-    """Which layers are trained."""
+    """What hangs on which layers."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = AdapterSettings()
         return settings_schema(
             "LoomAdapterSettings",
             "Adapter Settings",
-            "Which layers of the model get an adapter, and how large the convolutions' adapters are.",
-            [
-                io.Combo.Input(
-                    "layers",
-                    options=list(PRESETS),
-                    default=default.layers,
-                    tooltip=explained({preset.name: preset.description for preset in PRESETS.values()}),
-                ),
-                io.Int.Input(
-                    "conv_rank",
-                    default=default.conv_rank,
-                    min=0,
-                    max=512,
-                    tooltip="Rank of the adapters on k×k convolutions (LoCon). 0 leaves those layers out; "
-                    "they are part of the full preset only.",
-                ),
-                io.Float.Input(
-                    "conv_alpha",
-                    default=default.conv_alpha,
-                    min=-1024.0,
-                    max=1024.0,
-                    step=0.5,
-                    tooltip="Alpha of the convolutions' adapters; their strength is conv_alpha / conv_rank.",
-                ),
-            ],
+            "What the adapters are made of, which layers of the model get one, and what is different in single blocks.",
+            [*widgets(AdapterSettings), preset_widget()],
             LOOM_ADAPTER_SETTINGS,
             "adapter",
         )
 
     @classmethod
-    def execute(cls, layers: str, conv_rank: int, conv_alpha: float) -> io.NodeOutput:
-        return io.NodeOutput(AdapterSettings(layers, conv_rank, conv_alpha))
+    def execute(cls, preset: str = NONE, **options: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings("adapter", presets.find(preset), options))
 
 
 class LoomOptimizerSettings(io.ComfyNode):
@@ -75,163 +55,89 @@ class LoomOptimizerSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = OptimizerSettings()
         return settings_schema(
             "LoomOptimizerSettings",
             "Optimizer Settings",
             "Optimizer, learning-rate schedule, gradient clipping and accumulation.",
-            [
-                io.Combo.Input(
-                    "optimizer", options=list(OPTIMIZERS), default=default.optimizer, tooltip=explained(OPTIMIZERS)
-                ),
-                io.Float.Input(
-                    "weight_decay",
-                    default=default.weight_decay,
-                    min=0.0,
-                    max=10.0,
-                    step=0.001,
-                    round=False,
-                    tooltip="Pulls the adapter towards zero, decoupled from the gradient.",
-                ),
-                io.Float.Input(
-                    "beta1",
-                    default=default.beta1,
-                    min=0.0,
-                    max=0.9999,
-                    step=0.01,
-                    round=False,
-                    tooltip="Memory of the mean gradient.",
-                ),
-                io.Float.Input(
-                    "beta2",
-                    default=default.beta2,
-                    min=0.0,
-                    max=0.99999,
-                    step=0.001,
-                    round=False,
-                    tooltip="Memory of the squared gradient.",
-                ),
-                io.Float.Input(
-                    "epsilon",
-                    default=default.epsilon,
-                    min=1e-16,
-                    max=1.0,
-                    step=1e-8,
-                    round=False,
-                    tooltip="Added to the denominator of the update; larger values calm very small gradients.",
-                ),
-                io.Combo.Input(
-                    "schedule", options=list(SCHEDULES), default=default.schedule, tooltip=explained(SCHEDULES)
-                ),
-                io.Int.Input(
-                    "warmup_steps",
-                    default=default.warmup_steps,
-                    min=0,
-                    max=100000,
-                    tooltip="Steps over which the learning rate rises linearly from zero.",
-                ),
-                io.Float.Input(
-                    "max_grad_norm",
-                    default=default.max_grad_norm,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
-                    tooltip="Longer gradients are shortened to this norm. 0 does not clip.",
-                ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=default.gradient_accumulation,
-                    min=1,
-                    max=1024,
-                    tooltip="Batches per optimizer step: the effective batch size is batch_size times this.",
-                ),
-            ],
+            [*widgets(OptimizerSettings), preset_widget()],
             LOOM_OPTIMIZER_SETTINGS,
             "optimizer",
         )
 
     @classmethod
-    def execute(cls, **options) -> io.NodeOutput:
-        return io.NodeOutput(OptimizerSettings(**options))
+    def validate_inputs(cls, optimizer: Any = None) -> bool | str:
+        """In the host's place, which would say no more of what a preset or another machine chose than that the list
+        lacks it."""
+        if optimizer is None:  # linked: not known yet
+            return True
+        try:
+            options_of(OptimizerSettings)["optimizer"][0].check("optimizer", optimizer, "")
+            check_installed(OPTIMIZERS[optimizer])
+        except OptionError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, preset: str = NONE, **options: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings("optimizer", presets.find(preset), options))
 
 
 class LoomObjectiveSettings(io.ComfyNode):
-    """Which timesteps are trained."""
+    """What is compared, where, and how much it counts."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = ObjectiveSettings()
         return settings_schema(
             "LoomObjectiveSettings",
             "Objective Settings",
-            "How timesteps are drawn. The loss is the mean square error in the space the model predicts in (noise, v "
-            "or flow), whatever shift the sampling uses.",
-            [
-                io.Combo.Input(
-                    "timesteps", options=list(TIMESTEPS), default=default.timesteps, tooltip=explained(TIMESTEPS)
-                ),
-                io.Float.Input(
-                    "logit_mean",
-                    default=default.logit_mean,
-                    min=-5.0,
-                    max=5.0,
-                    step=0.1,
-                    tooltip="Centre of logit-normal timesteps: above 0 noisier, below 0 cleaner. Unused by uniform.",
-                ),
-                io.Float.Input(
-                    "logit_std",
-                    default=default.logit_std,
-                    min=0.05,
-                    max=5.0,
-                    step=0.05,
-                    tooltip="Width of logit-normal timesteps. Unused by uniform.",
-                ),
-            ],
+            "Timesteps, noise, loss and its weights. The loss is taken in the space the model predicts in (noise, v or "
+            "flow), whatever shift the sampling uses.",
+            [*widgets(ObjectiveSettings), preset_widget()],
             LOOM_OBJECTIVE_SETTINGS,
             "objective",
         )
 
     @classmethod
-    def execute(cls, timesteps: str, logit_mean: float, logit_std: float) -> io.NodeOutput:
-        return io.NodeOutput(ObjectiveSettings(timesteps, logit_mean, logit_std))
+    def execute(cls, preset: str = NONE, **options: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings("objective", presets.find(preset), options))
 
 
 class LoomRunSettings(io.ComfyNode):
-    """Memory, saving, and what the ✕ does."""
+    """Memory, caches, saving, measuring, and what the ✕ does."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = RunSettings()
         return settings_schema(
             "LoomRunSettings",
             "Run Settings",
-            "Memory use, saving while training, and what cancelling means.",
-            [
-                io.Boolean.Input(
-                    "gradient_checkpointing",
-                    default=default.gradient_checkpointing,
-                    tooltip="Keep only the inputs of each block and run it once more in backward: about half the "
-                    "activation memory for about a third more time. The result is the same.",
-                ),
-                io.Combo.Input(
-                    "on_cancel", options=list(ON_CANCEL), default=default.on_cancel, tooltip=explained(ON_CANCEL)
-                ),
-                io.Int.Input(
-                    "save_every",
-                    default=default.save_every,
-                    min=0,
-                    max=100000,
-                    tooltip="Write the run to its folder every so many steps, so that even a crash loses little. "
-                    "0 writes it at the end and when the run is stopped.",
-                ),
-            ],
+            "Memory use and precision, caches, saving and measuring while training, and what cancelling means.",
+            [*widgets(RunSettings), preset_widget()],
             LOOM_RUN_SETTINGS,
             "run",
         )
 
     @classmethod
-    def execute(cls, gradient_checkpointing: bool, on_cancel: str, save_every: int) -> io.NodeOutput:
-        return io.NodeOutput(RunSettings(gradient_checkpointing, on_cancel, save_every))
+    def execute(cls, preset: str = NONE, **options: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings("run", presets.find(preset), options))
+
+
+class LoomComponentSettings(io.ComfyNode):
+    """Text encoders and embeddings."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return settings_schema(
+            "LoomComponentSettings",
+            "Component Settings",
+            "What is trained beside the diffusion model: text encoders, each at its own learning rate, and embeddings.",
+            [*widgets(ComponentSettings), preset_widget()],
+            LOOM_COMPONENT_SETTINGS,
+            "components",
+        )
+
+    @classmethod
+    def execute(cls, preset: str = NONE, **options: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings("components", presets.find(preset), options))
 
 
 class LoomPreviewSettings(io.ComfyNode):

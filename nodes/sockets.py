@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..host import presets
+from ..training.options import Option, Settings, options_of
+from ..training.presets import PRESETS
 from .compat import build
 
 CATEGORY = "LoRA Loom"
+FINE_STEP = 0.05  # numbers with finer steps are kept as they are typed
 
 LOOM_DATASET = io.Custom("LOOM_DATASET")
 LOOM_CAPTION_SETTINGS = io.Custom("LOOM_CAPTION_SETTINGS")
@@ -21,12 +25,58 @@ LOOM_ADAPTER_SETTINGS = io.Custom("LOOM_ADAPTER_SETTINGS")
 LOOM_OPTIMIZER_SETTINGS = io.Custom("LOOM_OPTIMIZER_SETTINGS")
 LOOM_OBJECTIVE_SETTINGS = io.Custom("LOOM_OBJECTIVE_SETTINGS")
 LOOM_RUN_SETTINGS = io.Custom("LOOM_RUN_SETTINGS")
+LOOM_COMPONENT_SETTINGS = io.Custom("LOOM_COMPONENT_SETTINGS")
 LOOM_PREVIEW_SETTINGS = io.Custom("LOOM_PREVIEW_SETTINGS")
 
 
-def explained(table: dict[str, str]) -> str:
+def explained(table: Mapping[str, str]) -> str:
     """A table of choices as tooltip lines."""
     return "\n".join(f"{name}: {text}" for name, text in table.items())
+
+
+def widgets(kind: type[Settings]) -> list:
+    """The widgets of a settings class, from its own declarations."""
+    first = kind.first_release or options_of(kind)
+    return [
+        _widget(name, declared, default, optional=name not in first)
+        for name, (declared, default) in options_of(kind).items()
+    ]
+
+
+def _widget(name: str, declared: Option, default: Any, optional: bool) -> Any:
+    details: dict[str, Any] = {
+        "default": default,
+        "tooltip": declared.tooltip,
+        "advanced": declared.advanced,
+        "optional": optional,
+    }
+    if declared.choices is not None:
+        details["tooltip"] = f"{declared.tooltip}\n{explained(declared.table())}"
+        return build(io.Combo.Input, name, options=list(declared.table()), **details)
+    if isinstance(default, bool):
+        return build(io.Boolean.Input, name, **details)
+    if isinstance(default, str):
+        return build(io.String.Input, name, multiline=declared.multiline, **details)
+    bounds = {"min": declared.low, "max": declared.high} | ({"step": declared.step} if declared.step else {})
+    if isinstance(default, int):
+        fixed = {"control_after_generate": False} if name.endswith("seed") else {}
+        return build(io.Int.Input, name, **bounds, **fixed, **details)
+    # the host rounds numbers to their step unless told not to, which loses small ones
+    exact = {"round": False} if declared.step and declared.step < FINE_STEP else {}
+    return build(io.Float.Input, name, **bounds, **exact, **details)
+
+
+def preset_widget() -> Any:
+    """A combo that the page fills the other widgets from; in a prompt, options it lacks come from the preset."""
+    return io.Combo.Input(
+        "preset",
+        options=presets.names(),
+        default=presets.NONE,
+        optional=True,
+        tooltip="Fills the widgets of this node. On the trainer also those of the settings nodes connected to it, and "
+        "what the preset says for sockets that are not connected.\n"
+        + explained({preset.name: preset.description for preset in PRESETS.values()}),
+    )
 
 
 def settings_schema(

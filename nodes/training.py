@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..host import presets
 from ..host.apply import apply_lora
 from ..host.previews import Previews, PreviewSettings
 from ..host.record import Request
@@ -13,9 +14,10 @@ from ..host.runs import IF_EXISTS
 from ..host.session import train
 from ..kernels.safetensors_io import load_tensors
 from ..training.dataset.model import Dataset
+from ..training.presets import NONE, TRAINER, label, settings
 from ..training.settings import (
-    LENGTH_UNITS,
     AdapterSettings,
+    ComponentSettings,
     ObjectiveSettings,
     OptimizerSettings,
     Plan,
@@ -25,6 +27,7 @@ from .compat import build
 from .sockets import (
     CATEGORY,
     LOOM_ADAPTER_SETTINGS,
+    LOOM_COMPONENT_SETTINGS,
     LOOM_DATASET,
     LOOM_OBJECTIVE_SETTINGS,
     LOOM_OPTIMIZER_SETTINGS,
@@ -33,6 +36,8 @@ from .sockets import (
     LORA_MODEL,
     LOSS_MAP,
     explained,
+    preset_widget,
+    widgets,
 )
 
 # How often each run ended early. The host caches what a node returns: without this, the same queue again would be
@@ -45,7 +50,6 @@ class LoomLoRATrainer(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = Plan()
         return build(
             io.Schema,
             node_id="LoomLoRATrainer",
@@ -62,51 +66,7 @@ class LoomLoRATrainer(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the captions. Needed; it is not trained."),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes the images. Needed."),
                 LOOM_DATASET.Input("dataset", tooltip="From the Dataset Loader."),
-                io.Int.Input(
-                    "length", default=default.length, min=1, max=1000000, tooltip="How long to train, in units."
-                ),
-                io.Combo.Input(
-                    "unit", options=list(LENGTH_UNITS), default=default.unit, tooltip=explained(LENGTH_UNITS)
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=default.learning_rate,
-                    min=1e-8,
-                    max=10.0,
-                    step=1e-5,
-                    round=False,
-                    tooltip="1e-4 suits AdamW on most models. Too high: the loss jumps. Too low: nothing is learned.",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=default.rank,
-                    min=0,
-                    max=1024,
-                    tooltip="Size of the adapters, 8 to 32 is usual. Larger: more detail, larger files.",
-                ),
-                io.Float.Input(
-                    "alpha",
-                    default=default.alpha,
-                    min=-1024.0,
-                    max=1024.0,
-                    step=0.5,
-                    tooltip="The adapter acts with strength alpha / rank. alpha = rank is strength 1.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=default.batch_size,
-                    min=1,
-                    max=1024,
-                    tooltip="Images per step, all of one bucket. Larger is steadier, slower and needs more memory.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=default.seed,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Drives everything random: initial weights, order, noise, timesteps. Same seed, same LoRA.",
-                ),
+                *widgets(Plan),
                 io.String.Input(
                     "run_name",
                     default="my_lora",
@@ -129,6 +89,10 @@ class LoomLoRATrainer(io.ComfyNode):
                 ),
                 LOOM_RUN_SETTINGS.Input("run", optional=True, tooltip="Memory, saving and cancelling."),
                 LOOM_PREVIEW_SETTINGS.Input("preview", optional=True, tooltip="Pictures while training."),
+                LOOM_COMPONENT_SETTINGS.Input(
+                    "components", optional=True, tooltip="Text encoders and embeddings. Without: the MODEL alone."
+                ),
+                preset_widget(),
             ],
             outputs=[
                 LORA_MODEL.Output("lora", display_name="lora", tooltip="The trained LoRA, for any loader or saver."),
@@ -151,13 +115,6 @@ class LoomLoRATrainer(io.ComfyNode):
         cls,
         model: Any,
         dataset: Dataset,
-        length: int,
-        unit: str,
-        learning_rate: float,
-        rank: int,
-        alpha: float,
-        batch_size: int,
-        seed: int,
         run_name: str,
         if_run_exists: str,
         clip: Any = None,
@@ -168,19 +125,22 @@ class LoomLoRATrainer(io.ComfyNode):
         objective: ObjectiveSettings | None = None,
         run: RunSettings | None = None,
         preview: PreviewSettings | None = None,
+        components: ComponentSettings | None = None,
+        preset: str = NONE,
+        **options: Any,
     ) -> io.NodeOutput:
+        chosen = presets.find(preset)
+        sockets = {
+            "adapter": adapter,
+            "optimizer": optimizer,
+            "objective": objective,
+            "run": run,
+            "components": components,
+        }
         plan = Plan(
-            length=length,
-            unit=unit,
-            learning_rate=learning_rate,
-            rank=rank,
-            alpha=alpha,
-            batch_size=batch_size,
-            seed=seed,
-            adapter=adapter or AdapterSettings(),
-            optimizer=optimizer or OptimizerSettings(),
-            objective=objective or ObjectiveSettings(),
-            run=run or RunSettings(),
+            **options,
+            **{part: given or settings(part, chosen, {}) for part, given in sockets.items()},  # type: ignore[arg-type]
+            preset=label(TRAINER, chosen, options),
         )
         request = Request(
             model=model,

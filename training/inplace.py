@@ -1,10 +1,12 @@
 """Run a block that writes in place as if it did not.
 
-Several hosts' transformer blocks say ``img += …`` or ``x.addcmul_(…)``. Autograd then refuses to differentiate them,
-or, where a checkpoint recomputes from inputs that have changed meanwhile, silently returns wrong gradients.
+Several hosts' transformer blocks say ``img += …``, ``x.addcmul_(…)`` or ``out=x``. Autograd then refuses to
+differentiate them, or, where a checkpoint recomputes from inputs that have changed meanwhile, silently returns wrong
+gradients.
 
 ``OutOfPlace`` intercepts torch's own functions: every in-place operation makes a new tensor instead, and whoever uses
-the old tensor later, inside the same ``with``, is given the new one. Inputs of the block are left as they were.
+the old tensor later, inside the same ``with``, is given the new one. Writing to a part of a tensor (``x[:, :n].mul_``)
+makes a new whole, which all parts are then taken from. Inputs of the block are left as they were.
 """
 
 from __future__ import annotations
@@ -67,19 +69,37 @@ class OutOfPlace(TorchFunctionMode):
     def _current(self, tensor: Tensor) -> Tensor:
         while id(tensor) in self._latest:
             tensor = self._latest[id(tensor)]
+        whole = tensor._base
+        if whole is not None and id(whole) in self._latest:
+            return _same_part(tensor, whole, self._current(whole))
         return tensor
 
-    def _became(self, old: Tensor, new: Tensor) -> None:
+    def _became(self, old: Tensor, new: Tensor) -> Tensor:
+        """What is used in the place of ``old`` from now on."""
+        whole = old._base
+        if whole is None:
+            self._follow(old, new)
+            return new
+        fresh = self._current(whole).clone()
+        part = _same_part(old, whole, fresh)
+        part.copy_(new)
+        self._follow(whole, fresh)
+        return part
+
+    def _follow(self, old: Tensor, new: Tensor) -> None:
         self._kept.append(old)
         self._latest[id(old)] = new
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         original = args[0] if args else None  # before it is followed to what it became: its identity is the key
+        target = (kwargs or {}).get("out")
         args, kwargs = self.outcome(args), self.outcome(kwargs or {})
         name = func.__name__
-        if not isinstance(original, Tensor) or not torch.is_grad_enabled():
+        if isinstance(target, Tensor) and torch.is_grad_enabled():
+            original, result = target, func(*args, **{**kwargs, "out": None}).to(target.dtype)
+        elif not isinstance(original, Tensor) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if name in _ASSIGNMENTS and not kwargs:
+        elif name in _ASSIGNMENTS and not kwargs:
             result = _ASSIGNMENTS[name](*args)
         elif name == "__setitem__":
             result = args[0].clone()
@@ -89,10 +109,16 @@ class OutOfPlace(TorchFunctionMode):
         else:
             return func(*args, **kwargs)
         self.seen += 1
-        self._became(original, result)
-        return result
+        return self._became(original, result)
 
 
 def _is_method(func: Any) -> bool:
     return (resolve_name(func) or "").startswith(("torch.Tensor.", "torch._C.TensorBase."))
 
+
+def _same_part(part: Tensor, whole: Tensor, other: Tensor) -> Tensor:
+    """The part of ``other`` that ``part`` is of ``whole``."""
+    if part.dtype != whole.dtype or other.stride() != whole.stride():
+        raise RuntimeError(f"in-place work on a {part.dtype} view of a {whole.dtype} tensor cannot be differentiated")
+    offset = part.storage_offset() - whole.storage_offset() + other.storage_offset()
+    return other.as_strided(part.size(), part.stride(), offset)

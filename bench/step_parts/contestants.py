@@ -2,110 +2,50 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import comfy_extras.nodes_train as host_trainer
-import peft
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-import tiny
 from lora_loom.host.denoiser import Conditioning, HostDenoiser
+from lora_loom.host.layers import weight_reader
 from lora_loom.host.loan import borrow
 from lora_loom.kernels.adapter import Options
-from lora_loom.kernels.layers import Target, select_targets
-from lora_loom.kernels.lora import LoRA
+from lora_loom.kernels.registry import make_adapter
+from lora_loom.training.learners import Component
 from lora_loom.training.loop import Batch, Trainer
 from lora_loom.training.settings import OptimizerSettings, Plan
-
-TOKENS, CONTEXT = 77, 768
-RATE = 1e-4
-
-
-def first_model(channels: int) -> Any:
-    """The model as a loader node leaves it: inference tensors."""
-    return tiny.unet(channels, inference=True)
-
-
-@dataclass
-class Shared:
-    """A module tree of its own over the same storages."""
-
-    patcher: Any
-    network: nn.Module
-    targets: list[Target]
-
-
-def share(base: Any, inference: bool = True, copies: bool = False) -> Shared:
-    """A model whose parameters are ``base``'s own, or aliases that autograd accepts, or real copies."""
-
-    def another(tensor: Tensor) -> Tensor:
-        if copies:
-            return _like(tensor, tensor.detach().clone())
-        return tensor if inference else _like(tensor, _alias(tensor))
-
-    with torch.inference_mode(False):
-        memo: dict[int, Any] = {id(t): another(t) for t in (*base.model.parameters(), *base.model.buffers())}
-    memo[id(base.model.model_config)] = base.model.model_config  # plain settings
-    model = copy.deepcopy(base.model, memo)
-    patcher = comfy.model_patcher.ModelPatcher(model, base.load_device, base.offload_device)
-    return Shared(patcher, model.diffusion_model, select_targets(model, "full", True))
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    bare = torch.empty(0, dtype=tensor.dtype)
-    return bare.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-
-
-def _like(original: Tensor, values: Tensor) -> Tensor:
-    return nn.Parameter(values, requires_grad=False) if isinstance(original, nn.Parameter) else values
+from peers import FAMILIES, DiffusersStep, LycorisStep, PeftStep
+from steps import RATE, Step, share, sizes
 
 
 def contestant(name: str, base: Any, latent: int, rank: int, mode: Any = None) -> Any:
-    """``mode``, a memory counter, is on from the start of the set-up."""
+    """``mode``, a memory counter, is on from the start of the set-up.
+
+    A name is who it is and, where it is not LoRA, which family: "ours", "lycoris LoHa".
+    """
     if name.startswith("native"):
         return NativeStep(base, latent, rank, bypass="bypass" in name, mode=mode)
     if name == "frozen":
         return FrozenStep(base, latent, mode)
-    if name == "peft":
-        return PeftStep(base, latent, rank, mode)
-    return OurStep(base, latent, rank, checkpoint="checkpointed" in name, mode=mode)
+    if name == "diffusers + peft":
+        return DiffusersStep(base, latent, rank, mode)
+    who, _, family = name.partition(" ")
+    if who == "peft":
+        return PeftStep(base, latent, rank, mode, family or "LoRA")
+    if who == "lycoris":
+        return LycorisStep(base, latent, rank, mode, family or "LoRA")
+    if name in ("ours, checkpointed", "ours, offloaded"):
+        return OurStep(base, latent, rank, mode, checkpoint=True, offload="offloaded" in name)
+    return OurStep(base, latent, rank, mode, family or "LoRA")
 
 
-class _Step:
-    """What they have in common: inputs, and the memory counter around everything."""
-
-    def __init__(self, latent: int, mode: Any) -> None:
-        self.mode = mode if mode is not None else nullcontext()
-        draws = torch.Generator().manual_seed(0)
-        self.latent = torch.randn((1, 4, latent, latent), generator=draws)
-        self.noise = torch.randn((1, 4, latent, latent), generator=draws)
-        self.context = torch.randn((1, TOKENS, CONTEXT), generator=draws)
-        self.time = torch.tensor([500.0])
-
-    def step(self) -> None:
-        with self.mode:
-            self.once()
-
-    def once(self) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
-
-    def sizes(self) -> dict[str, int]:
-        return {}
-
-
-class FrozenStep(_Step):
+class FrozenStep(Step):
     """The unit: forward, and backward to the input."""
 
     def __init__(self, base: Any, latent: int, mode: Any) -> None:
@@ -117,43 +57,33 @@ class FrozenStep(_Step):
         self.network(x, self.time, context=self.context).backward(self.noise)
 
 
-class PeftStep(_Step):
-    def __init__(self, base: Any, latent: int, rank: int, mode: Any) -> None:
+class OurStep(Step):
+    def __init__(
+        self,
+        base: Any,
+        latent: int,
+        rank: int,
+        mode: Any,
+        family: str = "LoRA",
+        checkpoint: bool = False,
+        offload: bool = False,
+    ) -> None:
         super().__init__(latent, mode)
-        shared = share(base, inference=False)
-        names = [target.path.removeprefix("diffusion_model.") for target in shared.targets]
-        with self.mode:
-            settings = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
-            self.network = peft.inject_adapter_in_model(settings, shared.network)
-            self.parameters = [p for n, p in self.network.named_parameters() if "lora_" in n]
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=True)
-        if len(self.parameters) != 2 * len(names):
-            raise RuntimeError(f"peft adapted {len(self.parameters) // 2} layers instead of {len(names)}")
-
-    def once(self) -> None:
-        prediction = self.network(self.latent + self.noise, self.time, context=self.context)
-        F.mse_loss(prediction, self.noise).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def sizes(self) -> dict[str, int]:
-        return _sizes(self.parameters, self.optimizer)
-
-
-class OurStep(_Step):
-    def __init__(self, base: Any, latent: int, rank: int, checkpoint: bool, mode: Any) -> None:
-        super().__init__(latent, mode)
-        shared = share(base)
+        shared, row = share(base), FAMILIES[family]
         sides = (8 * latent, 8 * latent)
         self.sample = Batch(self.latent, [Conditioning(self.context, {}, sides, (0, 0), sides)])
         self.stack = ExitStack()
         with self.mode:
-            draws = torch.Generator().manual_seed(0)
-            adapters = {t.path: LoRA.create(t.shape, Options(rank, rank), draws) for t in shared.targets}
-            loan = self.stack.enter_context(borrow(shared.patcher, adapters, checkpoint))
+            draws, options = torch.Generator().manual_seed(0), Options(rank, rank, **row.ours)
+            weight_of = weight_reader(shared.patcher) if options.dora else lambda path: None
+            adapters = {
+                target.path: make_adapter(row.algorithm, target.shape, options, draws, weight_of(target.path))
+                for target in shared.targets
+            }
+            loan = self.stack.enter_context(borrow(shared.patcher, adapters, checkpoint, offload=offload))
             plan = Plan(learning_rate=RATE, optimizer=OptimizerSettings(max_grad_norm=1.0))
-            self.trainer = Trainer(adapters, HostDenoiser(loan), self, plan, total_steps=1_000_000)
+            component = Component("model", adapters, plan.learning_rate)
+            self.trainer = Trainer([component], HostDenoiser(loan), self, plan, total_steps=1_000_000)
         comfy.model_management.current_loaded_models.clear()  # or the next contestant's load would push it out
 
     def batch(self, position: int) -> Batch:
@@ -166,12 +96,7 @@ class OurStep(_Step):
         self.stack.close()
 
     def sizes(self) -> dict[str, int]:
-        return _sizes(self.trainer.parameters, self.trainer.optimizer)
-
-
-def _sizes(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    moments = [value for state in optimizer.state.values() for value in state.values()]
-    return {"adapters": sum(t.nbytes for t in parameters), "optimizer": sum(t.nbytes for t in moments)}
+        return sizes(self.trainer.parameters, self.trainer.optimizer)
 
 
 class _Ended(Exception):
@@ -190,7 +115,7 @@ class _Gate:
         self.waiting[threading.get_ident()]()
 
 
-class NativeStep(_Step):
+class NativeStep(Step):
     """``TrainLoraNode.execute`` in a thread of its own, let go for one step at a time."""
 
     def __init__(self, base: Any, latent: int, rank: int, bypass: bool, mode: Any) -> None:

@@ -24,8 +24,9 @@ class Snapshot(dict):
         for key, entry in patcher.backup.items():
             self["backup", key] = (*self._tensor(entry.weight), entry.inplace_update)
         self["object backup"] = {key: self._id(value) for key, value in patcher.object_patches_backup.items()}
-        self["model sampling"] = self._id(model.model_sampling)
-        self["sampling object patch"] = self._id(patcher.get_model_object("model_sampling"))
+        if hasattr(model, "model_sampling"):  # text encoders have none
+            self["model sampling"] = self._id(model.model_sampling)
+            self["sampling object patch"] = self._id(patcher.get_model_object("model_sampling"))
         self["model options"] = _keys(patcher.model_options)
         self["patches"] = (sorted(patcher.patches), patcher.patches_uuid, model.current_weight_patches_uuid)
         self["injections"] = (sorted(patcher.injections), patcher.is_injected, patcher.skip_injection)

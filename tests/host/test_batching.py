@@ -9,11 +9,12 @@ from comfy_extras.nodes_train import TrainLoraNode
 from diffusers.models.embeddings import get_timestep_embedding
 
 import tiny
-from lora_loom.host.denoiser import Conditioning, HostDenoiser, encode_captions
+from lora_loom.host.denoiser import Conditioning, HostDenoiser
 from lora_loom.host.loan import borrow
+from lora_loom.host.texts import encode_captions
 from lora_loom.training.loop import Batch, Trainer
 from lora_loom.training.settings import OptimizerSettings, Plan
-from training import adapters_for, samples_for
+from training import adapters_for, learners, samples_for
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux", "hunyuan_video", "wan", "lumina2", "ltxv")
 
@@ -54,7 +55,7 @@ def test_a_step_costs_one_forward_per_micro_batch(name, checkpoint):
     x0, _, _, conditioning = samples_for(name, 3)
     plan = Plan(batch_size=3, optimizer=OptimizerSettings(gradient_accumulation=2))
     with borrow(patcher, adapters, checkpoint) as loan:
-        trainer = Trainer(adapters, HostDenoiser(loan), OneBatch(x0, conditioning), plan, 1)
+        trainer = Trainer(learners(adapters, plan), HostDenoiser(loan), OneBatch(x0, conditioning), plan, 1)
         with watched(type(patcher.model.diffusion_model)) as calls:
             trainer.step()
     assert sizes(calls) == [3, 3]

@@ -21,7 +21,7 @@ from lora_loom.training.dataset.model import CaptionOptions, Concept, ImageOptio
 from lora_loom.training.dataset.pixels import load
 from lora_loom.training.loop import Trainer, generator
 from lora_loom.training.settings import ObjectiveSettings, OptimizerSettings, Plan
-from training import adapters_for, opened
+from training import adapters_for, learners, opened
 
 PLAN = Plan(length=6, rank=2, alpha=2.0, batch_size=2, seed=3, learning_rate=1e-2)
 NAMES = itertools.count()
@@ -43,7 +43,8 @@ def with_options(dataset, **options):
 
 
 def prepared(dataset, parts, steps=6, batch=2, seed=3, accumulation=1):
-    examples = HostExamples(dataset, BatchPlan(dataset, batch, seed), *parts, accumulation, steps)
+    plan = dataclasses.replace(PLAN, optimizer=OptimizerSettings(gradient_accumulation=accumulation))
+    examples = HostExamples(dataset, BatchPlan(dataset, batch, seed), *parts, plan, steps)
     with torch.inference_mode():
         examples.prepare(0, lambda count: lambda: None)
     return examples
@@ -88,7 +89,7 @@ def test_the_loss_is_the_mean_over_the_masks_area(tmp_path, parts):
     adapters = adapters_for(parts[0])
     with torch.inference_mode(False), borrow(parts[0], adapters) as loan:
         denoiser = HostDenoiser(loan)
-        trainer = Trainer(adapters, denoiser, examples, PLAN, 1)
+        trainer = Trainer(learners(adapters, PLAN), denoiser, examples, PLAN, 1)
         found = trainer.loss(0).item()
         times = torch.rand(len(batch.latents), generator=generator(3, "timestep", 0), dtype=torch.float64)
         noise = torch.randn(batch.latents.shape, generator=generator(3, "noise", 0))
@@ -115,7 +116,8 @@ def test_weights_scale_each_samples_loss(folder, parts):
                 factor = two.batch(position).weights
                 sample = one.order.items[one.order.batch(position)[0].item].sample
                 assert (factor is None) == (sample % 2 == 0)
-                bare, scaled = (Trainer(adapters, denoiser, e, PLAN, 1).loss(position).item() for e in (one, two))
+                trainers = [Trainer(learners(adapters, PLAN), denoiser, e, PLAN, 1) for e in (one, two)]
+                bare, scaled = (trainer.loss(position).item() for trainer in trainers)
                 assert scaled == pytest.approx(bare * (0.25 if sample % 2 else 1), rel=1e-6)
 
 
@@ -159,7 +161,7 @@ def test_each_presentation_has_a_caption_of_its_own(folder, parts):
     assert all(text == "" or text.startswith("zorb") for text in found)
     again = prepared(dataset, parts, steps=60)
     assert texts(again, 60) == found
-    other = HostExamples(dataset, BatchPlan(dataset, 2, 4), *parts, 1, 60)
+    other = HostExamples(dataset, BatchPlan(dataset, 2, 4), *parts, PLAN, 60)
     assert texts(other, 60) != found
 
 
@@ -278,9 +280,10 @@ def test_validation_pictures_are_never_trained_and_their_loss_is_told(folder, pa
     examples = prepared(dataset, parts)
     [batch] = examples.validation()
     with torch.inference_mode(False), borrow(parts[0], adapters) as loan:
-        trainer = Trainer(adapters, HostDenoiser(loan), examples, PLAN, 1)
-        assert trainer.validation_loss([batch]) == pytest.approx(first, abs=6e-5)
-        assert trainer.validation_loss([batch]) == trainer.validation_loss([batch])
+        trainer = Trainer(learners(adapters, PLAN), HostDenoiser(loan), examples, PLAN, 1)
+        losses = trainer.validation_losses([batch])
+        assert sum(losses.values()) / len(losses) == pytest.approx(first, abs=6e-5)
+        assert trainer.validation_losses([batch]) == losses
 
 
 def test_the_report_carries_what_the_dataset_has_to_say(folder, parts):

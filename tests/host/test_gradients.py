@@ -1,4 +1,7 @@
-"""Gradients of every adapter against finite differences, on families that write in place and on those that do not."""
+"""Gradients of every adapter against finite differences, on families that write in place and on those that do not.
+
+All models and checkpointing are in ``test_families_on_models.py``, several adapters at a time.
+"""
 
 import pytest
 import torch
@@ -18,8 +21,8 @@ def make(name):
     return patcher, adapters_for(patcher, dtype=torch.float64), samples_for(name, 2, dtype=torch.float64, side=8)
 
 
-def gradients(patcher, adapters, samples, checkpoint):
-    with borrow(patcher, adapters, checkpoint=checkpoint) as loan:
+def gradients(patcher, adapters, samples):
+    with borrow(patcher, adapters) as loan:
         denoiser = HostDenoiser(loan)
         loss = loss_of(denoiser, samples)
         loss.backward()
@@ -47,7 +50,7 @@ def loss_at(denoiser, samples, adapter, directions, step):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_agree_with_finite_differences(name):
     patcher, adapters, samples = make(name)
-    plain = gradients(patcher, adapters, samples, checkpoint=False)
+    plain = gradients(patcher, adapters, samples)
     draws = torch.Generator().manual_seed(7)
     wrong = {}
     with borrow(patcher, adapters) as loan:
@@ -67,13 +70,3 @@ def test_gradients_agree_with_finite_differences(name):
             if error > 0.02:
                 wrong[path] = (got, expected)
     assert not wrong, wrong
-
-
-@pytest.mark.parametrize("name", (*FAMILIES, "flux2", "chroma", "ltxv", "wan", "qwen_image", "lumina2"))
-def test_checkpointing_changes_no_gradient(name):
-    patcher, adapters, samples = make(name)
-    plain = gradients(patcher, adapters, samples, checkpoint=False)
-    checkpointed = gradients(patcher, adapters, samples, checkpoint=True)
-    for path, expected in plain.items():
-        for got, want in zip(checkpointed[path], expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)

@@ -17,7 +17,7 @@ from lora_loom.kernels.writing import to_state_dict
 from lora_loom.training.loop import Batch, Trainer
 from lora_loom.training.settings import OptimizerSettings, Plan
 from snapshot import Snapshot, weights
-from training import adapters_for, samples_for
+from training import adapters_for, learners, samples_for
 
 management = comfy.model_management
 OutOfMemory = management.OOM_EXCEPTION if management.OOM_EXCEPTION is not Exception else torch.OutOfMemoryError
@@ -114,7 +114,7 @@ def train(name, patcher, steps=2, checkpoint=True, between=None, inside=None, ba
         denoiser = Disturbed(loan)
         denoiser.inside, denoiser.backward = inside or denoiser.inside, backward or denoiser.backward
         plan = Plan(learning_rate=1e-2, optimizer=OptimizerSettings(gradient_accumulation=2))
-        trainer = Trainer(adapters, denoiser, examples, plan, total_steps=steps)
+        trainer = Trainer(learners(adapters, plan), denoiser, examples, plan, total_steps=steps)
         while not trainer.finished:
             trainer.step()
             if between:

@@ -12,7 +12,7 @@ from lora_loom.host.loan import borrow
 from lora_loom.training.loop import Batch, Trainer, generator
 from lora_loom.training.objective import Prediction, sample_losses
 from lora_loom.training.settings import ObjectiveSettings, Plan
-from training import adapters_for
+from training import adapters_for, learners
 
 TOLERANCE = 1e-5
 VISIBLE = 30 * TOLERANCE  # what a test could not overlook
@@ -188,7 +188,7 @@ def test_the_trainers_own_loss_equals_diffusers(kind):
     x0, _, conditioning = samples("sd15", 3)
     plan = Plan(seed=11, objective=ObjectiveSettings(timesteps="uniform"))
     with borrow(as_set_by_node(patcher, kind, False), adapters) as loan:
-        trainer = Trainer(adapters, HostDenoiser(loan), Fixed(Batch(x0, conditioning)), plan, total_steps=10)
+        trainer = Trainer(learners(adapters, plan), HostDenoiser(loan), Fixed(Batch(x0, conditioning)), plan, total_steps=10)
         losses = [trainer.loss(position).item() for position in range(3)]
     for position, got in enumerate(losses):
         drawn = torch.rand(3, generator=generator(11, "timestep", position), dtype=torch.float64)

@@ -34,6 +34,8 @@ NODES = {  # the public contract, as far as it exists
     "LoomDatasetToGraph",
     "LoomDatasetUpdate",
     "LoomDatasetToTOML",
+    "LoomComponentSettings",
+    "LoomLoadLoRA",
 }
 SECONDS = 0.5  # what importing the pack may cost at every start but the first, which also compiles it
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))

@@ -64,7 +64,9 @@ def same(one, other):
 
 
 def told(result):
-    return [line.removeprefix("note: ") for line in result.report.splitlines() if line.startswith("note: ")]
+    """What the report says of what the MODEL brings along."""
+    notes = [line.removeprefix("note: ") for line in result.report.splitlines() if line.startswith("note: ")]
+    return [note for note in notes if note.startswith(("left out for training", "trains on top"))]
 
 
 def carried(model):
@@ -196,7 +198,7 @@ def test_a_lora_that_is_applied_already(run, plain):
     clean = weights(base)
     result = run(model)
     layers = len(model.patches)
-    assert told(result) == [f"trains on top of patches (LoRAs) already on {layers} weights"]
+    assert told(result) == [f"trains on top of patches (LoRAs) already on {layers} weights of the MODEL"]
 
     merged = tiny_model("sd15")
     with torch.inference_mode():
@@ -242,7 +244,7 @@ def test_v_prediction_with_zero_terminal_snr(run, parts, plain):
 @torch.inference_mode()
 def first_loss(model, parts):
     dataset, clip, vae = parts
-    examples = HostExamples(dataset, BatchPlan(dataset, PLAN.batch_size, PLAN.seed), model, clip, vae, 1, 1)
+    examples = HostExamples(dataset, BatchPlan(dataset, PLAN.batch_size, PLAN.seed), model, clip, vae, PLAN, 1)
     examples.prepare(0, lambda count: lambda: None)
     batch = examples.batch(0)
     x0 = batch.latents.double()

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import folder_paths
 import pytest
+import torch
 from PIL import Image
 
-from lora_loom.host import checking, exchange, folders
+from lora_loom.host import checking, exchange, folders, loras
 from lora_loom.host.runs import RunError
+from lora_loom.kernels.safetensors_io import save_tensors
 from lora_loom.nodes import NODES
 from lora_loom.nodes.dataset import LoomDatasetLoader
 from lora_loom.nodes.dataset_check import LoomDatasetLint
 from lora_loom.nodes.dataset_exchange import LoomDatasetToTOML
+from lora_loom.nodes.files import LoomLoadLoRA, LoomSaveLoRA
 from lora_loom.training.dataset.model import DatasetError
 
 SPELLINGS = {  # {secret} is an absolute path to the folder or file outside, {name} its name
@@ -161,22 +164,69 @@ def test_what_a_toml_names_goes_the_same_way(outside, spelling, key):
     assert isinstance(state, str) and "secret words" not in state
 
 
+def a_run_and_a_file_outside(places, monkeypatch):
+    """A LoRA outside, a run, and links to the LoRA from the run and beside it; the folder of LoRAs."""
+    secret, runs = places / "secret", Path(folder_paths.get_output_directory()) / "lora_loom"
+    for place in (secret / "secret.safetensors", runs / "cats/cats.safetensors", places / "loras/mine.safetensors"):
+        save_tensors({"secret": torch.ones(1)}, place)
+    (runs / "cats/cats-best.safetensors").symlink_to(secret / "secret.safetensors")
+    (runs / "secret").symlink_to(secret)
+    registered = {**folder_paths.folder_names_and_paths, "loras": ([str(places / "loras")], {".safetensors"})}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", registered)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return runs
+
+
+@pytest.mark.parametrize("lead", ["", "run: ", "run: cats ("])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_source_of_a_lora(outside, spelling, lead, monkeypatch):
+    a_run_and_a_file_outside(outside, monkeypatch)
+    text = lead + spelt(outside, spelling, "secret/secret.safetensors")
+    for source in (text, text.removesuffix(".safetensors"), f"{text})"):
+        with pytest.raises(ValueError, match="^source: there is no "):
+            LoomLoadLoRA.execute(source)
+        assert LoomLoadLoRA.fingerprint_inputs(source=source) == ""
+
+
+def test_a_run_is_no_way_out(outside, monkeypatch):
+    """Nothing that a link leads to is listed, nor what is called as no run may be."""
+    runs = a_run_and_a_file_outside(outside, monkeypatch)
+    save_tensors({"a": torch.ones(1)}, runs / ".." / "lora_loom" / "-x" / "-x.safetensors")
+    save_tensors({"a": torch.ones(1)}, runs / "other" / "cats.safetensors")
+    assert loras.sources() == ["run: cats", "mine.safetensors"]
+    for source in ("run: cats (best)", "run: secret", *ODD):
+        with pytest.raises(ValueError, match="^source: "):
+            LoomLoadLoRA.execute(source)
+        assert source is None or LoomLoadLoRA.fingerprint_inputs(source=source) == ""
+
+
+@pytest.mark.parametrize("spelling", [name for name in SPELLINGS if "link" not in name])
+def test_the_name_of_a_saved_lora(outside, spelling, monkeypatch):
+    a_run_and_a_file_outside(outside, monkeypatch)
+    name = SPELLINGS[spelling].format(secret=outside / "secret" / "secret", name="secret/secret")
+    before = sorted(outside.rglob("*"))
+    for if_exists in ("number", "overwrite"):
+        with pytest.raises(ValueError, match="^name"):
+            LoomSaveLoRA.execute({"a": torch.ones(1)}, name, if_exists)
+    assert sorted(outside.rglob("*")) == before
+
+
 def test_every_widget_that_takes_a_name_is_in_this_file():
-    """Strings and lists of dataset nodes that are not free text."""
+    """Strings and lists of nodes for datasets and files that are not free text."""
     texts = {
         *("more_resolutions", "trigger", "captions", "thresholds", "fixes", "filter", "findings", "ids"),
         *("prefix", "suffix", "separator", "keep_tokens_separator", "secondary_separator", "never_drop", "only_drop"),
         "background",
     }
     choices = {"if_unreadable", "subfolders", "lint", "balance", "checks", "images_mode", "captions_mode", "kind"}
-    choices |= {"lines", "crop"}
+    choices |= {"lines", "crop", "if_file_exists", "format", "for_core"}
     names = set()
     for kind in NODES:
-        if kind.__module__.rpartition(".")[2].startswith("dataset"):
+        if kind.__module__.rpartition(".")[2].startswith(("dataset", "files")):
             for item in kind.GET_SCHEMA().inputs:
                 if item.get_io_type() in ("STRING", "COMBO") or isinstance(getattr(item, "options", None), list):
                     names.add(item.id)
-    assert names - texts - choices == {"root", "folder", "tag_list", "implications", "name"}
+    assert names - texts - choices == {"root", "folder", "tag_list", "implications", "name", "source"}
 
 
 def test_a_linked_root_and_folder_run_always():

@@ -29,7 +29,7 @@ from lora_loom.training.dataset.batches import BatchPlan
 from lora_loom.training.loop import Trainer, generator
 from lora_loom.training.objective import sample_losses
 from lora_loom.training.settings import OptimizerSettings, Plan
-from training import opened
+from training import learners, opened
 
 BASE = Path(__file__).resolve().parents[2] / "dev" / "demo_base" / "loom-demo-base.safetensors"
 SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -102,7 +102,7 @@ def adapters_for(model, seed):
 
 
 def encoded(loaded, dataset, batch, seed, steps):
-    examples = HostExamples(dataset, BatchPlan(dataset, batch, seed), *loaded, 1, steps)
+    examples = HostExamples(dataset, BatchPlan(dataset, batch, seed), *loaded, Plan(), steps)
     with torch.inference_mode():
         examples.prepare(0, lambda count: lambda: None)
     return examples
@@ -116,7 +116,7 @@ def trained(loaded, dataset, seed):
     )  # fmt: skip
     adapters = adapters_for(model, seed)
     with borrow(model, adapters) as loan:
-        trainer = Trainer(adapters, HostDenoiser(loan), examples, plan, STEPS)
+        trainer = Trainer(learners(adapters, plan), HostDenoiser(loan), examples, plan, STEPS)
         while not trainer.finished:
             trainer.step()
     return adapters

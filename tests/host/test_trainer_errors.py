@@ -1,6 +1,5 @@
 """Bad input: the message names the option or the file and the cure, nothing is trained, no run folder appears."""
 
-import json
 from pathlib import Path
 
 import folder_paths
@@ -132,7 +131,7 @@ def test_start_from_another_family(graph):
 
 
 def test_start_from_another_rank(graph):
-    refused(graph, r"start_from has rank 3 on .*, rank is 2: set rank .* to 3", start_from(graph, "sd15", rank=3))
+    refused(graph, r"start_from has rank 3 on .*, rank is 2: set rank to 3", start_from(graph, "sd15", rank=3))
 
 
 def test_a_model_whose_sampling_is_not_supported(graph, no_step):
@@ -168,7 +167,7 @@ def test_no_layer_matched(graph, no_step, monkeypatch):
     """A network of convolutions alone has no attention to train."""
     dataset = opened(INPUT / "fine", 64, 16)
     settings = {"transformer_depth": [0, 0], "transformer_depth_output": [0] * 4, "transformer_depth_middle": -1}
-    monkeypatch.setitem(tiny.SPECS, "sd15", tiny.Spec("SD15", tiny._unet(32, 64, **settings), (4, 16, 16), 64))
+    monkeypatch.setitem(tiny.SPECS, "sd15", tiny.Spec("SD15", tiny.unet_settings(32, 64, **settings), (4, 16, 16), 64))
     plan = Plan(adapter=AdapterSettings("attention"))
     request = Request(tiny_model("sd15"), clip_for("sd15"), vae_for("sd15"), dataset, plan, "no layers")
     with pytest.raises(ValueError, match=r"layers: the preset 'attention' matches no layer .*; it has \d+ × "):
@@ -253,15 +252,10 @@ def test_poisoned_data_stops_the_run_with_the_last_good_weights(graph, monkeypat
 
 
 def test_a_huge_learning_rate_stops_the_run(graph):
-    kept = graph.run(training_prompt("sd15", "fine", "huge", length=9, learning_rate=1e30))
+    kept = graph.run(training_prompt("sd15", "fine", "huge", length=30, learning_rate=10.0, alpha=1024.0))
     assert "STOPPED EARLY" in kept["report"] and "Lower learning_rate" in kept["report"]
     assert all(torch.isfinite(value).all() for value in kept_weights("huge").values())
-    assert not json.loads(state_facts("huge"))["complete"]
-
-
-def state_facts(name):
-    with safe_open(RUNS / name / "state.safetensors", "pt") as file:
-        return file.metadata()["loom.run"]
+    assert "no state had been saved" in kept["report"] and not list((RUNS / "huge").glob("state-*"))
 
 
 def test_a_loss_that_is_no_number_from_the_start_is_an_error(graph, monkeypatch):
@@ -271,4 +265,4 @@ def test_a_loss_that_is_no_number_from_the_start_is_an_error(graph, monkeypatch)
             return Batch(batch.latents * float("nan"), batch.conditioning)
 
     monkeypatch.setattr(session, "HostExamples", Poisoned)
-    refused(graph, r"step 1: the loss is nan\. Lower learning_rate", run_name="never good")
+    refused(graph, r"smoke_test: the gradient of .* is not finite: .* gives inf or NaN", run_name="never good")

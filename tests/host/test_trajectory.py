@@ -8,8 +8,8 @@ import tiny
 from lora_loom.host.loan import borrow
 from lora_loom.training.loop import Batch, Trainer, generator
 from lora_loom.training.objective import Prediction
-from lora_loom.training.settings import ObjectiveSettings, OptimizerSettings, Plan
-from training import adapters_for
+from lora_loom.training.settings import AdapterSettings, ObjectiveSettings, OptimizerSettings, Plan
+from training import adapters_for, learners
 
 PREFIX = "diffusion_model."
 NAME = "sd2"  # sd15 is so narrow that its norms undo some layers, whose factors would then follow rounding alone
@@ -56,6 +56,7 @@ def plan_for(accumulation):
         learning_rate=2e-3,
         batch_size=BATCH,
         seed=5,
+        adapter=AdapterSettings(loraplus_ratio=1.0),
         objective=ObjectiveSettings(timesteps="uniform"),
         optimizer=OptimizerSettings(
             weight_decay=0.02,
@@ -73,13 +74,18 @@ def factors(adapters):
     return {path: [t.detach().clone() for t in adapter.parameters()] for path, adapter in adapters.items()}
 
 
+def trainer_for(adapters, denoiser, examples, accumulation, steps):
+    plan = plan_for(accumulation)
+    return Trainer(learners(adapters, plan), denoiser, examples, plan, steps)
+
+
 def our_run(dtype, steps, accumulation):
     """(first factors, last factors, reports) of the package's own trainer."""
     patcher = tiny.tiny(NAME, dtype=dtype, inference=True)
     adapters = adapters_for(patcher, "full", conv=True, rank=3, dtype=dtype, filled=False)
     first = factors(adapters)
     with borrow(patcher, adapters) as loan:
-        trainer = Trainer(adapters, PlainDenoiser(loan), Shuffled(dtype), plan_for(accumulation), steps)
+        trainer = trainer_for(adapters, PlainDenoiser(loan), Shuffled(dtype), accumulation, steps)
         reports = [trainer.step() for _ in range(steps)]
     return first, factors(adapters), reports
 

@@ -12,6 +12,7 @@ from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.lora import LoRA
 from lora_loom.training.dataset.model import Access, BucketOptions, Concept
 from lora_loom.training.dataset.opening import open_dataset
+from lora_loom.training.learners import Component
 from lora_loom.training.objective import sample_losses
 
 
@@ -28,6 +29,11 @@ def adapters_for(patcher, preset="full", conv=True, rank=3, seed=0, dtype=torch.
         for tensor in adapter.parameters():
             tensor.requires_grad_(True)
     return adapters
+
+
+def learners(adapters, plan):
+    """What a Trainer is given when adapters of the diffusion model are all that is trained."""
+    return [Component("model", adapters, plan.learning_rate)]
 
 
 def samples_for(name, batch, seed=1, dtype=torch.float32, side=None):
@@ -61,4 +67,4 @@ def loss_of(denoiser: HostDenoiser, samples):
     return sample_losses(output.to(x0.dtype), kind.target(x0, noise, sigma)).mean()
 
 
-__all__ = ["adapters_for", "borrow", "loss_of", "opened", "samples_for"]
+__all__ = ["adapters_for", "borrow", "learners", "loss_of", "opened", "samples_for"]

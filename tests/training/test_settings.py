@@ -31,7 +31,7 @@ from lora_loom.training.settings import (
         *((OptimizerSettings, "beta1", value) for value in (-0.1, 1.0, math.nan)),
         *((OptimizerSettings, "beta2", value) for value in (-0.1, 1.0)),
         (OptimizerSettings, "epsilon", 0.0),
-        (OptimizerSettings, "schedule", "linear"),
+        (OptimizerSettings, "schedule", "zigzag"),
         (OptimizerSettings, "warmup_steps", -1),
         *((OptimizerSettings, "max_grad_norm", value) for value in (-1.0, math.nan)),
         (OptimizerSettings, "gradient_accumulation", 0),

@@ -158,9 +158,9 @@ def split_validation(dataset: Dataset, part: float, seed: int) -> Dataset:
     copies: dict[str, list[Sample]] = {}
     for index in training:
         sample = dataset.samples[index]
-        copies.setdefault(_content(sample.picture), []).append(sample)
+        copies.setdefault(content_of(sample.picture), []).append(sample)
     for index in dataset.members("regularisation"):
-        copies.pop(_content(dataset.samples[index].picture), None)
+        copies.pop(content_of(dataset.samples[index].picture), None)
     order = sorted(copies, key=lambda content: hashlib.sha256(f"{seed} {content}".encode()).digest())
 
     held: Counter[int] = Counter()
@@ -217,7 +217,8 @@ def with_still_validation(dataset: Dataset) -> Dataset:
     return dataclasses.replace(dataset, concepts=tuple(concepts))
 
 
-def _content(picture: Picture) -> str:
+def content_of(picture: Picture) -> str:
+    """A hash of the picture's file, or of its pixels where it came out of the graph."""
     if isinstance(picture, GraphPicture):
         return picture.fingerprint
     digest = hashlib.sha256()

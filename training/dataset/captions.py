@@ -34,7 +34,7 @@ def shown(
     caption: str, options: CaptionOptions, draws: Draws, epoch: int = 0, step: int = 0, total_steps: int = 0
 ) -> str:
     """The text of one presentation, ready for the host's tokenizer; epochs and steps count from 0."""
-    if _dropped(options, draws, epoch):
+    if dropped(options, draws, epoch):
         return ""
     text = _line(caption, options, draws)
     text = move_first(text, options.trigger, options.separator)
@@ -48,7 +48,8 @@ def shown(
     return text if options.weighted else literal(text)
 
 
-def _dropped(options: CaptionOptions, draws: Draws, epoch: int) -> bool:
+def dropped(options: CaptionOptions, draws: Draws, epoch: int) -> bool:
+    """Whether a presentation shows nothing of its caption; the first that is drawn."""
     if options.dropout and draws.chance(options.dropout):
         return True
     every = options.dropout_every_n_epochs

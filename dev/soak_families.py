@@ -1,0 +1,109 @@
+"""The whole product of adapter families and tiny models of the host, as a table under bench/results.
+
+``python dev/soak_families.py``: every family on every model that this host has (tests/host/family_cell.py says what a
+cell has to show). ``--models`` and ``--variants`` run a part; the rest of the table stays. With ``COMFYUI_DIR`` set to
+another host its own table is written beside. Ends with 1 when a cell fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+sys.path[:0] = [str(ROOT / "tests" / "host"), str(ROOT / "dev")]
+
+from hosting import prepare_host  # noqa: E402
+
+prepare_host()
+
+import comfyui_version  # noqa: E402
+
+import tiny  # noqa: E402
+from family_cell import EFFECT, GRADIENT, LEARNT, STEPS, VARIANTS, Cell, fits  # noqa: E402
+
+EXPLANATION = f"""# Adapter families on tiny models of the host
+
+`python dev/soak_families.py` makes these tables, one for each host; `tests/host/family_cell.py` says what is done.
+Adapters sit on every linear layer and convolution. A number is the loss after {STEPS} steps as a part of what it was
+(at most {LEARNT} is asked for). Each cell has also shown that the gradients of everything trained agree with finite
+differences (to {GRADIENT:g}), that the written file has the same effect when our reader reads it, and when the host's
+own loader does (to {EFFECT:g} of the effect). † marks cells whose plain file the host's loader misreads: there it was
+given the equivalent that the save node offers. – : no such layers in this model.
+"""
+
+
+def run(name: str, variant: str) -> dict[str, Any]:
+    """The figures of a cell, or what went wrong."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="loom-cell-") as folder:
+        try:
+            figures: dict[str, Any] = asdict(Cell(name, variant).checked(Path(folder)))
+        except Exception as error:  # a table of failures is worth more than the first of them
+            figures = {"error": f"{type(error).__name__}: {error}"}
+    return {**figures, "seconds": round(time.monotonic() - began, 1)}
+
+
+def shown(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    if "error" in cell:
+        return f"**{cell['error'].splitlines()[0][:80]}**"
+    return f"{cell['learnt']:.2f}" + ("†" if cell["fault"] else "") if cell else "–"
+
+
+def table(host: str, cells: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row for each variant, a column for each model, and the largest errors of each column."""
+    lines = [f"## {host}", "", f"| | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
+    for variant in VARIANTS:
+        lines.append(f"| {variant} | " + " | ".join(shown(column.get(variant)) for column in cells.values()) + " |")
+    for figure, what in (("gradient", "gradients"), ("reload", "our reader"), ("core", "the host's loader")):
+        worst = [
+            max((cell[figure] for cell in column.values() if figure in cell), default=None) for column in cells.values()
+        ]
+        told = ("" if error is None else f"{error:.0e}" for error in worst)
+        lines.append(f"| *largest error: {what}* | {' | '.join(told)} |")
+    return "\n".join(lines) + "\n"
+
+
+def keep(host: str, name: str, found: dict[str, Any]) -> None:
+    """Put the cells of a model into the results."""
+    file = RESULTS / "families.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    column = results.setdefault(host, {}).setdefault(name, {})
+    column.update(found)
+    results[host] = {model: results[host][model] for model in tiny.SPECS if model in results[host]}
+    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    tables = [table(host, cells) for host, cells in sorted(results.items())]
+    (RESULTS / "families.md").write_text("\n".join([EXPLANATION, *tables]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(tiny.SPECS), default=list(tiny.SPECS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    options = parser.parse_args()
+    host = f"ComfyUI {comfyui_version.__version__}"
+    failed = 0
+    for name in options.models:
+        found: dict[str, Any] = {}
+        for variant in options.variants:
+            found[variant] = run(name, variant) if fits(name, variant) else {}
+            wrong = found[variant].get("error", "")
+            failed += bool(wrong)
+            print(f"{name:14s} {variant:26s} {found[variant].get('seconds', 0):6.1f} s  {wrong or 'ok'}", flush=True)
+        keep(host, name, found)
+    print(f"families × models: {failed} cells failed", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Our loader gives every family its effect, also those that the host's own misreads or does not know."""
+
+import logging
+
+import pytest
+import torch
+from comfy.lora import calculate_weight
+
+import tiny
+from lora_loom.host.apply import apply_lora
+from lora_loom.host.own_patches import own_patches
+from lora_loom.kernels.adapter import Options
+from lora_loom.kernels.dora import DoRA
+from lora_loom.kernels.layers import select_targets
+from lora_loom.kernels.names import NameTable
+from lora_loom.kernels.reading import LoRAFile
+from lora_loom.kernels.registry import FAMILIES, make_adapter
+from lora_loom.kernels.writing import to_tensors
+from lora_loom.training.settings import ALGORITHMS
+
+CASES = [
+    *((name, {}) for name in ALGORITHMS),
+    *((name, {"dora": axis}) for name in ("LoRA", "LoHa", "LoKr") for axis in ("output", "input")),
+    ("OFT", {"constraint": 0.01, "rescale": True}),
+    ("BOFT", {"constraint": 0.01, "rescale": True}),
+    ("LoKr", {"tucker": True, "factor": 2, "rank": 1}),
+    ("IA3", {"on_input": True}),
+]
+
+
+def random_adapter(family, shape, options, weight, seed):
+    draws = torch.Generator().manual_seed(seed)
+    fresh = make_adapter(family, shape, Options(**{"rank": 3, "alpha": 2.0, "block_size": 8} | options), draws, weight)
+    return fresh.with_tensors({k: t + 0.1 * torch.randn(t.shape, generator=draws) for k, t in fresh.tensors.items()})
+
+
+def lora_for(patcher, family, options):
+    state, adapters = patcher.model.state_dict(), {}
+    for number, target in enumerate(select_targets(patcher.model, "full", True)[1:-1:9]):
+        weight = state[f"{target.path}.weight"].float()
+        adapters[target.path] = random_adapter(family, target.shape, options, weight, number)
+    return adapters, to_tensors(LoRAFile(adapters, names=NameTable.of(patcher.model)))
+
+
+def weight_in(patcher, key):
+    """As the host computes with it."""
+    patcher.patch_model(device_to=torch.device("cpu"))
+    try:
+        return patcher.model.state_dict()[key].clone()
+    finally:
+        patcher.unpatch_model(device_to=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family, options", CASES, ids=str)
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_every_family(name, family, options, caplog):
+    patcher = tiny.tiny(name)
+    adapters, lora = lora_for(patcher, family, options)
+    before = {path: patcher.model.state_dict()[f"{path}.weight"].clone() for path in adapters}
+    for strength in (1.0, -0.5):
+        with caplog.at_level(logging.WARNING):
+            model, _, applied = apply_lora(patcher, None, lora, strength, 1.0)
+            assert not applied.unplaced and applied.model_weights >= len(adapters)
+            path = list(adapters)[len(adapters) // 2]
+            got = weight_in(model, f"{path}.weight")
+        assert not caplog.records
+        wanted = adapters[path].merged(before[path], strength)
+        assert (got - wanted).norm() <= 1e-4 * (wanted - before[path]).norm() + 1e-6 * wanted.norm()
+    assert all(torch.equal(patcher.model.state_dict()[f"{path}.weight"], weight) for path, weight in before.items())
+
+
+def test_two_loras_one_behind_the_other():
+    patcher = tiny.tiny("sd15")
+    adapters, lora = lora_for(patcher, "IA3", {})
+    first, _, _ = apply_lora(patcher, None, lora, 0.5, 1.0)
+    both, _, _ = apply_lora(first, None, lora, 1.0, 1.0)
+    path = next(iter(adapters))
+    weight = patcher.model.state_dict()[f"{path}.weight"].clone()
+    wanted = adapters[path].merged(adapters[path].merged(weight, 0.5))
+    torch.testing.assert_close(weight_in(both, f"{path}.weight"), wanted)
+
+
+def test_text_encoders():
+    clip = tiny.tiny_clip()
+    table = NameTable.of(clip.cond_stage_model)
+    path = next(path for path in table.text.paths if path.endswith("fc1"))
+    weight = clip.cond_stage_model.state_dict()[f"{path}.weight"].clone()
+    adapter = random_adapter("LoRA", weight.shape, {"dora": "output"}, weight, 1)
+    assert isinstance(adapter, DoRA)
+    lora = to_tensors(LoRAFile({path: adapter}, names=table))
+    _, with_it, applied = apply_lora(tiny.tiny("sd15"), clip, lora, 1.0, 0.5)
+    assert applied.clip_weights == 1 and not applied.unplaced
+    key = f"{path}.weight"
+    got = calculate_weight(with_it.patcher.patches[key], weight.float(), key)
+    torch.testing.assert_close(got, adapter.merged(weight.float(), 0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_peft_scales_biases_too():
+    patcher = tiny.tiny("sd15")
+    target = next(t for t in select_targets(patcher.model, "full", False) if t.kind == "linear")
+    layer = patcher.model.get_submodule(target.path)
+    assert layer.bias is not None
+    factors = torch.linspace(0.5, 2, target.shape[0])[:, None]
+    model, _, applied = apply_lora(patcher, None, {f"{target.path}.ia3_l": factors}, 1.0, 1.0)
+    assert applied.model_weights == 2
+    torch.testing.assert_close(weight_in(model, f"{target.path}.bias"), layer.bias * factors.flatten())
+    torch.testing.assert_close(weight_in(model, f"{target.path}.weight"), layer.weight * factors)
+
+
+def test_what_the_host_reads_stays_with_the_host():
+    patcher = tiny.tiny("sd15")
+    for family in FAMILIES.keys() & {"LoRA", "LoHa", "LoKr", "full", "GLoRA"}:
+        assert own_patches(lora_for(patcher, family, {})[1], patcher, None) == ({}, set())

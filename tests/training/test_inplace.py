@@ -1,0 +1,94 @@
+"""Code that writes in place, run as if it did not: same values, same inputs, gradients of the same function."""
+
+import pytest
+import torch
+
+from lora_loom.training.inplace import OutOfPlace
+
+
+def assignments(x, y):
+    x += y
+    x *= 2
+    return x.sin()
+
+
+def methods(x, y):
+    x.addcmul_(y, x).mul_(y)
+    return x
+
+
+def target(x, y):
+    h = x.tanh()
+    torch.add(h, y, out=x)
+    return x * h
+
+
+def items(x, y):
+    x[1:] = y[1:]
+    return x * y
+
+
+def parts(x, y):
+    """As newer hosts turn queries and keys."""
+    turned = x * y
+    half = x.shape[-1] // 2
+    turned[..., :half].addcmul_(x[..., half:], y[..., :half])
+    turned[..., half:].addcmul_(x[..., :half], y[..., half:])
+    return turned
+
+
+def parts_of_strided(x, y):
+    return parts(x.mT.contiguous().mT, y)
+
+
+def parts_seen_from_the_whole(x, y):
+    """A part taken before the whole is written sees it, and the other way round; twice over."""
+    h = x + 1
+    first, rest = h[:1], h[1:]
+    h.mul_(y)
+    first += 3
+    rest.mul_(y[1:]).add_(1)
+    return first.sum() * h + rest.sum()
+
+
+def parts_of_inputs(x, y):
+    a, b = x.chunk(2, -1)
+    a += b
+    b.mul_(a)
+    return x.exp() + torch.cat([a, b], -1) * y
+
+
+PROGRAMS = (
+    assignments,
+    methods,
+    target,
+    items,
+    parts,
+    parts_of_strided,
+    parts_seen_from_the_whole,
+    parts_of_inputs,
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_values_inputs_and_gradients(program):
+    inputs = torch.randn(2, 3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = program(*inputs.clone())
+
+    def run(x, y):
+        with OutOfPlace() as mode:
+            result = mode.outcome(program(x, y))
+        assert mode.seen
+        return result
+
+    x, y = (tensor.clone().requires_grad_(True) for tensor in inputs)
+    assert torch.equal(run(x, y), wanted)
+    assert torch.equal(torch.stack([x, y]), inputs)
+    assert torch.autograd.gradcheck(run, (x, y))
+
+
+def test_other_types_of_parts_are_refused():
+    z = torch.randn(4, dtype=torch.complex128, requires_grad=True)
+    with OutOfPlace(), pytest.raises(RuntimeError, match="float64 view of a torch.complex128"):
+        torch.view_as_real(z * 2).mul_(2)

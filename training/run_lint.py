@@ -1,0 +1,236 @@
+"""The check of a run's options before its first step: what probably spoils it, and the value to set instead.
+
+``check_run(facts)`` → findings, the most serious first. Nothing is changed: a finding carries the values to click.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .dataset.lint_rules import LEVELS
+from .dataset.model import Dataset
+from .optimizers.table import OPTIMIZERS
+from .run_rules import RUN_RULES, Change, RunFinding
+from .settings import Plan
+
+STYLE_IMAGES = 50  # a single concept with more pictures is taken for a style
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known before the first step.
+
+    ``native`` is the side of the square pictures the model was made with, 0 where that is not known; ``flow`` is False
+    for noise- and v-prediction.
+    """
+
+    plan: Plan
+    dataset: Dataset
+    total_steps: int
+    presentations: float  # of each image in the whole run, in the mean
+    architecture: str = "this model"
+    native: int = 0
+    flow: bool = False
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the optimizer finds its own learning rate."""
+        return OPTIMIZERS[self.plan.optimizer.optimizer].finds_rate
+
+    @property
+    def concepts(self) -> list[int]:
+        return sorted({self.dataset.samples[index].concept for index in self.dataset.members("training")})
+
+
+def facts(plan: Plan, dataset: Dataset, total_steps: int, **model: Any) -> RunFacts:
+    """``model``: ``architecture``, ``native``, ``flow`` of ``RunFacts``."""
+    trained = max(1, len(dataset.members("training")))
+    shown = total_steps * plan.optimizer.gradient_accumulation * plan.batch_size
+    regularised = bool(dataset.members("regularisation"))
+    return RunFacts(plan, dataset, total_steps, shown / trained / (2 if regularised else 1), **model)
+
+
+def check_run(known: RunFacts) -> list[RunFinding]:
+    """Findings, the most serious first."""
+    found = [finding for check in _CHECKS for finding in check(known)]
+    return sorted(found, key=lambda finding: (LEVELS.index(finding.level), finding.rule))
+
+
+def _finding(rule: str, *changes: Change, **figures: Any) -> RunFinding:
+    row = RUN_RULES[rule]
+    return RunFinding(rule, row.level, row.message.format(**figures), changes)
+
+
+def _set(part: str, option: str, value: Any) -> Change:
+    return Change(part, option, value)
+
+
+def _optimizer(known: RunFacts) -> Iterator[RunFinding]:
+    plan, settings = known.plan, known.plan.optimizer
+    name, rate = settings.optimizer, plan.learning_rate
+    if known.adaptive:
+        limits = RUN_RULES["L001"].limits
+        if not limits["low"] <= rate <= limits["high"]:
+            yield _finding("L001", _set("trainer", "learning_rate", 1.0), optimizer=name, rate=rate)
+        if settings.schedule != "cosine" and not OPTIMIZERS[name].schedule_free:
+            yield _finding("L002", _set("optimizer", "schedule", "cosine"), optimizer=name, schedule=settings.schedule)
+        if plan.alpha != 1:
+            yield _finding("L003", _set("trainer", "alpha", 1.0), optimizer=name, alpha=plan.alpha)
+        if "decouple" in OPTIMIZERS[name].arguments and "decouple" not in settings.optimizer_args:
+            yield _finding(
+                "L004",
+                _set("optimizer", "optimizer_args", f"{settings.optimizer_args} decouple=True".strip()),
+                _set("optimizer", "weight_decay", 0.1),
+                _set("optimizer", "beta2", 0.99),
+                optimizer=name,
+            )
+        return
+    if plan.adapter.algorithm == "IA3":
+        limits = RUN_RULES["L022"].limits
+        if not limits["low"] <= rate <= limits["high"]:
+            yield _finding("L022", _set("trainer", "learning_rate", limits["low"]), rate=rate, **limits)
+    elif rate > RUN_RULES["L005"].limits["above"]:
+        yield _finding("L005", _set("trainer", "learning_rate", 1e-4), optimizer=name, rate=rate)
+    elif name.startswith("AdamW"):
+        limits = RUN_RULES["L006"].limits
+        if not limits["low"] <= rate <= limits["high"]:
+            yield _finding("L006", _set("trainer", "learning_rate", 1e-4), optimizer=name, rate=rate, **limits)
+        if settings.schedule == "constant" and known.total_steps >= RUN_RULES["L060"].limits["steps"]:
+            yield _finding("L007", _set("optimizer", "schedule", "cosine with restarts"))
+    if known.total_steps and settings.schedule_unit == "steps":
+        share = settings.warmup_steps / known.total_steps
+        if share > RUN_RULES["L062"].limits["above"]:
+            yield _finding("L062", _set("optimizer", "warmup_steps", known.total_steps // 10), share=share)
+
+
+def _adapter(known: RunFacts) -> Iterator[RunFinding]:
+    plan, settings = known.plan, known.plan.adapter
+    rank, algorithm = plan.rank, settings.algorithm
+    limit = RUN_RULES["L011"].limits["above"]
+    if algorithm == "LoHa" and rank > limit:
+        yield _finding("L011", _set("trainer", "rank", int(limit)), rank=rank, square=rank * rank, limit=limit)
+    limit = RUN_RULES["L010"].limits["above"]
+    if algorithm in ("LoRA", "LoRA-FA") and rank > limit:
+        yield _finding("L010", _set("trainer", "rank", 32), rank=rank, limit=limit)
+    limit = RUN_RULES["L012"].limits["above"]
+    if settings.conv_rank > limit:
+        yield _finding("L012", _set("adapter", "conv_rank", int(limit)), rank=settings.conv_rank, limit=limit)
+    strength = abs(plan.alpha) / rank
+    low_rank = algorithm in ("LoRA", "LoRA-FA", "LoHa", "GLoRA") and not settings.rs_lora
+    if low_rank and not known.adaptive and strength < RUN_RULES["L013"].limits["below"]:
+        yield _finding("L013", _set("trainer", "alpha", float(rank)), alpha=plan.alpha, rank=rank, strength=strength)
+    if algorithm == "LoKr" and settings.factor != -1:
+        limits = RUN_RULES["L020"].limits
+        if not limits["low"] <= settings.factor <= limits["high"]:
+            yield _finding("L020", _set("adapter", "factor", 8), factor=settings.factor)
+    if algorithm == "DyLoRA":
+        limits, accumulation = RUN_RULES["L021"].limits, plan.optimizer.gradient_accumulation
+        if plan.batch_size > 1 or accumulation < limits["accumulation"] or rank < limits["rank"]:
+            yield _finding(
+                "L021",
+                _set("trainer", "batch_size", 1),
+                _set("optimizer", "gradient_accumulation", max(4, accumulation)),
+                _set("trainer", "rank", 128),
+                limit=128,
+                batch=plan.batch_size,
+                accumulation=accumulation,
+                rank=rank,
+            )
+    dropout = settings.network_dropout
+    if settings.dora != "off" and dropout > RUN_RULES["L023"].limits["above"]:
+        yield _finding("L023", _set("adapter", "network_dropout", round(dropout / 10, 3)), dropout=dropout)
+    elif dropout > RUN_RULES["L024"].limits["above"]:
+        limit = RUN_RULES["L024"].limits["above"]
+        yield _finding("L024", _set("adapter", "network_dropout", 0.1), dropout=dropout, limit=limit)
+    if 0 < settings.max_norm < RUN_RULES["L043"].limits["low"]:
+        yield _finding("L043", _set("adapter", "max_norm", 1.0), norm=settings.max_norm)
+
+
+def _convolutions(known: RunFacts) -> Iterator[RunFinding]:
+    settings = known.plan.adapter
+    if settings.conv_rank and settings.conv_rank > RUN_RULES["L014"].limits["rank"]:
+        yield _finding(
+            "L014",
+            _set("adapter", "conv_rank", 16),
+            _set("adapter", "conv_alpha", 1.0),
+            rank=settings.conv_rank,
+            alpha=settings.conv_alpha,
+        )
+
+
+def _data(known: RunFacts) -> Iterator[RunFinding]:
+    plan, dataset, concepts = known.plan, known.dataset, known.concepts
+    if len(concepts) > 1:
+        count = len(concepts)
+        if plan.batch_size > 1:
+            yield _finding("L030", _set("trainer", "batch_size", 1), count=count, batch=plan.batch_size)
+        mirrored = [index for index in concepts if dataset.concepts[index].images.flip]
+        if mirrored:
+            names = ", ".join(dataset.concepts[index].name or str(index) for index in mirrored)
+            yield _finding("L031", _set("dataset", "flip", False), count=count, where=names)
+        limit = RUN_RULES["L032"].limits["below"]
+        if plan.rank < limit and plan.adapter.algorithm == "LoRA":
+            yield _finding("L032", _set("trainer", "rank", int(limit)), count=count, rank=plan.rank, limit=limit)
+    images = len(dataset.members("training"))
+    low, high = RUN_RULES["L033"].limits, RUN_RULES["L034"].limits
+    wanted = low["style"] if len(concepts) == 1 and images > STYLE_IMAGES else low["wanted"]
+    figures = {"shown": known.presentations, "wanted": low["wanted"], "style": low["style"]}
+    if known.presentations < low["low"] * wanted:
+        yield _finding("L033", *_length(known, wanted), **figures)
+    elif known.presentations > high["high"] * wanted:
+        yield _finding("L034", *_length(known, wanted), **figures)
+    if plan.batch_size > RUN_RULES["L037"].limits["above"]:
+        limit = RUN_RULES["L037"].limits["above"]
+        yield _finding("L037", _set("trainer", "batch_size", 4), batch=plan.batch_size, limit=limit)
+    if not dataset.members("validation") and images >= RUN_RULES["L061"].limits["images"]:
+        yield _finding("L061", _set("dataset", "validation_split", 0.1))
+    if not plan.run.save_every and known.total_steps >= RUN_RULES["L060"].limits["steps"]:
+        yield _finding("L060", _set("run", "save_every", max(1, known.total_steps // 8)))
+
+
+def _length(known: RunFacts, wanted: float) -> tuple[Change, ...]:
+    return _set("trainer", "unit", "presentations per image"), _set("trainer", "length", int(wanted))
+
+
+def _resolution(known: RunFacts) -> Iterator[RunFinding]:
+    if not known.native:
+        return
+    sizes = [size for index in known.concepts for size in known.dataset.concepts[index].resolutions]
+    side = max((width * height) ** 0.5 for width, height in sizes)
+    figures = {"architecture": known.architecture, "native": known.native}
+    change = _set("dataset", "resolution", known.native)
+    if side > RUN_RULES["L035"].limits["factor"] * known.native:
+        yield _finding("L035", change, side=side, **figures)
+    elif side < RUN_RULES["L036"].limits["factor"] * known.native:
+        yield _finding("L036", change, side=side, **figures)
+
+
+def _objective(known: RunFacts) -> Iterator[RunFinding]:
+    settings = known.plan.objective
+    if settings.min_snr_gamma:
+        limits = RUN_RULES["L041"].limits
+        if not limits["low"] <= settings.min_snr_gamma <= limits["high"]:
+            yield _finding("L041", _set("objective", "min_snr_gamma", 5.0), gamma=settings.min_snr_gamma)
+        if not settings.debiased and not known.flow:
+            yield _finding("L040", _set("objective", "debiased", True))
+    limit = RUN_RULES["L042"].limits["above"]
+    if settings.noise_offset > limit:
+        yield _finding("L042", _set("objective", "noise_offset", 0.05), offset=settings.noise_offset, limit=limit)
+
+
+def _text(known: RunFacts) -> Iterator[RunFinding]:
+    components, model = known.plan.components, known.plan.learning_rate
+    for number, (rate, stop) in enumerate(zip(components.encoder_rates, components.encoder_stops, strict=True), 1):
+        if not rate:
+            continue
+        if components.train_model and rate >= RUN_RULES["L050"].limits["share"] * model:
+            change = _set("components", f"te{number}_learning_rate", model / 2)
+            yield _finding("L050", change, number=number, rate=rate, model=model)
+        if not stop and known.total_steps >= RUN_RULES["L051"].limits["steps"]:
+            change = _set("components", f"te{number}_stop_after", known.total_steps // 3)
+            yield _finding("L051", change, number=number, steps=known.total_steps)
+
+
+_CHECKS = (_optimizer, _adapter, _convolutions, _data, _resolution, _objective, _text)
