@@ -1,13 +1,14 @@
 """The whole product of adapter families and tiny models of the host, as a table under bench/results.
 
 ``python dev/soak_families.py``: every family on every model that this host has (tests/host/family_cell.py says what a
-cell has to show). ``--models`` and ``--variants`` run a part; the rest of the table stays. With ``COMFYUI_DIR`` set to
-another host its own table is written beside. Ends with 1 when a cell fails.
+cell has to show). ``--models`` and ``--variants`` run a part, ``--missing`` what no table has yet; the rest of the
+table stays. With ``COMFYUI_DIR`` set to another host its own table is written beside. Ends with 1 when a cell fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+FILE = ROOT / "bench" / "results" / "families.json"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 sys.path[:0] = [str(ROOT / "tests" / "host"), str(ROOT / "dev")]
 
@@ -74,33 +75,37 @@ def table(host: str, cells: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def keep(host: str, name: str, found: dict[str, Any]) -> None:
-    """Put the cells of a model into the results."""
-    file = RESULTS / "families.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    column = results.setdefault(host, {}).setdefault(name, {})
-    column.update(found)
+def kept() -> dict[str, Any]:
+    """host -> model -> variant -> cell."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def keep(host: str, name: str, variant: str, cell: dict[str, Any]) -> None:
+    """Put a cell into the results."""
+    results = kept()
+    results.setdefault(host, {}).setdefault(name, {})[variant] = cell
     results[host] = {model: results[host][model] for model in tiny.SPECS if model in results[host]}
-    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    FILE.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     tables = [table(host, cells) for host, cells in sorted(results.items())]
-    (RESULTS / "families.md").write_text("\n".join([EXPLANATION, *tables]))
+    FILE.with_suffix(".md").write_text("\n".join([EXPLANATION, *tables]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(tiny.SPECS), default=list(tiny.SPECS), metavar="NAME")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--missing", action="store_true", help="only cells that the table has not got, or that failed")
     options = parser.parse_args()
     host = f"ComfyUI {comfyui_version.__version__}"
     failed = 0
-    for name in options.models:
-        found: dict[str, Any] = {}
-        for variant in options.variants:
-            found[variant] = run(name, variant) if fits(name, variant) else {}
-            wrong = found[variant].get("error", "")
-            failed += bool(wrong)
-            print(f"{name:14s} {variant:26s} {found[variant].get('seconds', 0):6.1f} s  {wrong or 'ok'}", flush=True)
-        keep(host, name, found)
+    for name, variant in itertools.product(options.models, options.variants):
+        known = kept().get(host, {}).get(name, {}).get(variant, {"error": "not run yet"})
+        if options.missing and "error" not in known:
+            continue
+        cell = run(name, variant) if fits(name, variant) else {}
+        failed += "error" in cell
+        print(f"{name:14s} {variant:26s} {cell.get('seconds', 0):6.1f} s  {cell.get('error', 'ok')}", flush=True)
+        keep(host, name, variant, cell)
     print(f"families × models: {failed} cells failed", flush=True)
     return int(failed > 0)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from ..training.dataset.model import Dataset
+from ..training.dataset.batches import BatchPlan
 from ..training.objective import Prediction
 from ..training.run_lint import check_run, facts
 from ..training.run_rules import RunFinding
@@ -18,17 +18,17 @@ EVENT = "loom.run_lint"
 
 
 def advise(
-    model: Any, prediction: Prediction, plan: Plan, dataset: Dataset, total_steps: int, node_id: str | None
+    model: Any, prediction: Prediction, plan: Plan, order: BatchPlan, total_steps: int, node_id: str | None
 ) -> list[RunFinding]:
     """What the check finds; the page shows it on the node before the first step."""
     found = check_run(
         facts(
             plan,
-            dataset,
+            order,
             total_steps,
             architecture=architecture(model)[0],
             native=native_side(model),
-            flow=prediction.is_flow,
+            noise=prediction is Prediction.EPSILON,
         )
     )
     _show(found, node_id)

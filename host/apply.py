@@ -54,14 +54,17 @@ def apply_lora(
 
     Raises ValueError when nothing of the LoRA fits the model or the text encoder.
     """
-    embeddings, lora = take_embeddings(lora, getattr(lora, "metadata", {}))
+    whole = lora
+    embeddings, lora = take_embeddings(whole, getattr(whole, "metadata", {}))
     names: dict[str, Any] = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
     with _unplaced_keys() as unplaced:
         patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), names)
     own, taken = own_patches(lora, model, clip)
-    patches.update(own)
+    # the host's patches of a fused layer's parts have (key, place in it) for a key
+    patches = {key: patch for key, patch in patches.items() if (key if isinstance(key, str) else key[0]) not in own}
+    patches |= own
     unplaced[:] = [key for key in unplaced if key not in taken]
     new_model = model.clone()
     on_model = set(new_model.add_patches(patches, strength_model))
@@ -76,9 +79,11 @@ def apply_lora(
         words = tuple(word for word, vectors in found.items() if any(f"{word}.{name}" not in unfit for name in vectors))
         on_clip = set(new_clip.add_patches(patches, strength_clip))
     if not (on_model or on_clip or words):
+        lacking = clip is None and embeddings
+        cure = "connect the CLIP, it holds embeddings" if lacking else "it was made for another family"
         raise ValueError(
-            f"none of the {len(lora)} keys of this LoRA fits the MODEL (for example {next(iter(lora), 'no key')}): "
-            "it was made for another family"
+            f"none of the {len(whole)} keys of this LoRA fits the MODEL (for example {next(iter(whole), 'no key')}): "
+            + cure
         )
     lost = [str(key) for key in patches if key not in on_model and key not in on_clip]
     return new_model, new_clip, Applied(len(on_model), len(on_clip), (*unplaced, *lost), words)

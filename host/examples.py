@@ -162,15 +162,18 @@ class HostExamples:
         """
         pictures: dict[tuple[int, int], None] = {}  # in order, each once
         texts: dict[str, None] = {}
-        room = self._room_for_texts()
+        room: int | None = None
         for coming in range(step, min(step + SPAN_STEPS, self.total_steps)):
             for position in self._positions(coming):
                 for member in self.order.batch(position):
                     pictures[member.item, member.variation] = None
                     texts.update(dict.fromkeys(self._ahead(member, position)))
-            if len(texts) >= room:
+            if texts and room is None:
+                room = self._room_for_texts()
+            if room is not None and len(texts) >= room:
                 break
-        self._drop_texts(texts, room)
+        if room is not None:
+            self._drop_texts(texts, room)
         new_pictures = [key for key in pictures if key not in self._pictures]
         new_texts = [text for text in texts if text not in self._texts]
         held_out = () if self._validation is not None else self._held_out
@@ -221,9 +224,10 @@ class HostExamples:
         return encode_captions(self.clip, texts, advance, self._kept_texts)
 
     def _room_for_texts(self) -> int:
-        """How many captions fit the budget; to know their size one has to be there."""
+        """How many captions fit the budget; to know their size one has to be there, and they may be of any length."""
         if not self._texts:
-            self._texts |= self._encode_texts([""])
+            captions = (self.dataset.samples[item.sample].caption for item in self.order.items)
+            self._texts |= self._encode_texts([max(captions, key=len)])
         return max(64, TEXT_BUDGET // max(map(_size, self._texts.values())))
 
     def _drop_texts(self, needed: Iterable[str], room: int) -> None:

@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,8 +96,12 @@ def restore(session: Session, trainer: Trainer) -> None:
         for name, tensor in _fixed(session).items():
             tensor.copy_(tensors[_FIXED + name])
     session.kept = trainer.step_number
-    session.validation = [(step, {float(time): loss for time, loss in losses}) for step, losses in facts["validation"]]
     session.notes.append(f"went on with run {run.name!r} after step {trainer.step_number}")
+    measured = [(step, {float(time): loss for time, loss in losses}) for step, losses in facts["validation"]]
+    if not measured or trainer.finished or _measures_the_same(facts["recipe"], session.recipe):
+        session.validation = measured
+    else:
+        session.notes.append("held-out pictures are measured anew from here on: seed, dataset or objective changed")
     for fault in saved.damaged:
         session.notes.append(f"a newer state of it is of no use: {fault}")
     if changed := compare(facts["recipe"], session.recipe).accepted:
@@ -107,6 +113,12 @@ def restore(session: Session, trainer: Trainer) -> None:
         session.notes.append("the run is complete, nothing was trained; a greater length goes on with it")
     elif session.stalled:
         session.notes.append(f"the run had ended: {_stalled(session)}; set early_stop to 0 to go on with it")
+
+
+def _measures_the_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether validation losses of two recipes can be compared: same pictures, noise and noise levels."""
+    kept = [(one["seed"], one["dataset"], one["objective"]["zero_terminal_snr"]) for one in (before, now)]
+    return kept[0] == kept[1]
 
 
 def _fixed(session: Session) -> dict[str, Tensor]:
@@ -192,7 +204,7 @@ def validate(session: Session, trainer: Trainer, examples: HostExamples) -> None
         session.log.validation(trainer.step_number, losses)
         if session.request.plan.run.keep_best and session.best == trainer.step_number:
             session.run.keep(record.lora(session, trainer), "best")
-    if session.stalled:
+    if session.stalled and not trainer.finished:
         session.notes.append(f"ended early: {_stalled(session)}")
 
 

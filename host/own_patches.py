@@ -69,7 +69,9 @@ def own_patches(lora: Mapping[str, Tensor], model: Any, clip: Any | None) -> tup
     for path, adapter in misread.items():
         weights = adapter, tuple(adapter.tensors), tuple(adapter.tensors.values())
         patches[f"{path}.weight"] = OwnPatch(set(), weights)
-        if f"{path}.bias" in names.shapes and type(adapter).merged_bias is not Adapter.merged_bias:
+        bias = torch.ones(names.shapes.get(f"{path}.bias", ()))
+        moved = adapter.merged_bias(bias) if bias.ndim else None
+        if moved is not None and not torch.equal(moved, bias):
             patches[f"{path}.bias"] = OwnPatch(set(), weights)
     places = {key: names.find(split(key)[0]) for key in lora}
     return patches, {key for key, place in places.items() if place is not None and place.path in misread}

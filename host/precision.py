@@ -16,8 +16,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def host_dtype(patcher: Any) -> torch.dtype:
-    """What the host computes in."""
-    return patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    """What the host computes in, once the model is loaded."""
+    return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
 def compute_dtype(name: str, patcher: Any) -> torch.dtype | None:

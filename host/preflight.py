@@ -33,10 +33,7 @@ def preflight(trainer: Trainer, examples: HostExamples, loan: Loan, *others: Any
 
 
 def _passes(trainer: Trainer, examples: HostExamples) -> str:
-    positions = trainer.total_steps * trainer.plan.optimizer.gradient_accumulation
-    epoch, index = examples.order.locate(positions)
-    first = examples.order.batches_in(epoch)
-    epochs = epoch + index / max(1, examples.order.batches_in(epoch + 1) - first)
+    epochs = examples.order.epochs_at(trainer.total_steps * trainer.plan.optimizer.gradient_accumulation)
     shown = epochs * float(presentations_per_image(examples.dataset))
     return f"{epochs:.3g} passes over the data set, each image shown {shown:.3g} times"
 

@@ -17,7 +17,7 @@ from ..kernels.adapter import Adapter
 from ..kernels.embeddings import bundle
 from ..kernels.metadata import training_metadata
 from ..kernels.names import NameTable
-from ..kernels.safetensors_io import LoraModel
+from ..kernels.safetensors_io import LoraModel, read_metadata
 from ..kernels.writing import to_state_dict
 from ..training.continuing import Segment
 from ..training.dataset.captions import tags
@@ -84,6 +84,7 @@ class Session:
     validation: list[tuple[int, dict[float, float]]] = field(default_factory=list)  # (step, time → loss)
     seconds: list[float] = field(default_factory=list)  # of each step of this session
     skipped: int = 0  # steps in which half precision overflowed
+    idle: int = 0  # steps in which nothing that is trained had a part
     started: float = field(default_factory=time.time)
 
     @property
@@ -179,12 +180,35 @@ def lora(session: Session, trainer: Trainer) -> LoraModel:
         training_started_at=session.started,
         training_finished_at=time.time(),
         trigger_phrase=", ".join(words_of(session.components)) or None,
-        extra=_rates(session),
+        extra={**_rates(session), **_as_kohya_calls(plan)},
     )
     adapters = {path: adapter for part in session.components for path, adapter in part.adapters.items()}
     embeddings = {name: tensor for part in session.components for name, tensor in part.loose.items()}
     tensors = to_state_dict(adapters, session.names.write) | bundle(embeddings)
     return LoraModel(tensors, metadata, trained=True)
+
+
+def _as_kohya_calls(plan: Plan) -> dict[str, Any]:
+    """Options under the names that kohya's trainers give them in metadata, for tools that know no recipe."""
+    objective, adapter = plan.objective, plan.adapter
+    huber = objective.loss in ("Huber", "smooth L1")
+    named = {
+        "loss_type": {"L2": None, "L1": "l1", "Huber": "huber", "smooth L1": "smooth_l1"}[objective.loss],
+        "huber_c": objective.huber_c if huber else None,
+        "huber_schedule": objective.huber_schedule.lower() if huber else None,
+        "min_snr_gamma": objective.min_snr_gamma or None,
+        "debiased_estimation": objective.debiased or None,
+        "zero_terminal_snr": objective.zero_terminal_snr or None,
+        "noise_offset": objective.noise_offset or None,
+        "adaptive_noise_scale": objective.adaptive_noise_offset or None,
+        "multires_noise_iterations": objective.multires_noise_iterations or None,
+        "multires_noise_discount": objective.multires_noise_discount if objective.multires_noise_iterations else None,
+        "ip_noise_gamma": objective.input_perturbation or None,
+        "network_dropout": adapter.network_dropout or None,
+        "scale_weight_norms": adapter.max_norm or None,
+        "max_grad_norm": plan.optimizer.max_grad_norm,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _rates(session: Session) -> dict[str, Any]:
@@ -266,15 +290,17 @@ def _time(session: Session) -> list[str]:
     if not session.seconds:
         return []
     skipped = f", {session.skipped} skipped because half precision overflowed" if session.skipped else ""
-    return [f"{statistics.median(session.seconds):.2f} s per step{skipped}"]
+    idle = f", {session.idle} taught nothing because nothing that is trained had a part in them" if session.idle else ""
+    return [f"{statistics.median(session.seconds):.2f} s per step{skipped}{idle}"]
 
 
 def _kept(session: Session, trainer: Trainer) -> list[str]:
     run = session.run
-    steps = len(list(run.folder.glob("*-step*.safetensors")))
+    steps = len(run.steps())
     lines = [f"kept in {run.folder}{f', with the LoRAs of {steps} steps on the way' if steps else ''}"]
-    if session.best is not None and run.lora_file("best").exists():
-        lines.append(f"the best on held-out pictures, of step {session.best}: {run.lora_file('best').name}")
+    best = run.lora_file("best")
+    if session.request.plan.run.keep_best and best.exists():  # it may be of another session
+        lines.append(f"the best on held-out pictures, of step {read_metadata(best)['ss_steps']}: {best.name}")
     if trainer.average is not None and run.lora_file("ema").exists():
         lines.append(f"moving average of {trainer.average.updates} steps: {run.lora_file('ema').name}")
     return lines

@@ -86,10 +86,14 @@ class Run:
         self.keep(lora, f"step{step:06d}")
         if not last:
             return
-        pattern = re.compile(re.escape(self.name) + r"-step(\d{6,})\.safetensors")
-        steps = {int(match[1]): path for path in self.folder.iterdir() if (match := pattern.fullmatch(path.name))}
+        steps = self.steps()
         for old in sorted(number for number in steps if number <= step)[:-last]:
             steps[old].unlink(missing_ok=True)
+
+    def steps(self) -> dict[int, Path]:
+        """step → its LoRA, of those kept on the way."""
+        pattern = re.compile(re.escape(self.name) + r"-step(\d{6,})\.safetensors")
+        return {int(match[1]): path for path in self.folder.iterdir() if (match := pattern.fullmatch(path.name))}
 
     def keep_state(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         runstate.write_state(self.folder, step, tensors, facts)

@@ -30,7 +30,8 @@ FOR_CORE = {
     AS_TRAINED: "Nothing is changed; the node says what ComfyUI's own loaders misread.",
     PLAIN: (
         "Layers that ComfyUI's own loaders misread (DoRA per output, OFT, BOFT, (IA)³, some Tucker cores) are written "
-        "with the same effect as what they read: larger files. What depends on the weights needs the MODEL."
+        "with the same effect as what they read: larger files, native names. What depends on the weights needs the "
+        "MODEL."
     ),
 }
 
@@ -52,6 +53,8 @@ def save(lora: LoraModel, place: Path, form: str, for_core: str, model: Any, cli
     notes: list[str] = []
     if for_core == PLAIN:
         file, notes = rewritten(file, _weights(model, clip))
+        if form == AS_IT_IS and not notes:
+            return save_tensors(lora, place), []
     else:
         notes = warnings(file.adapters.values())
     try:

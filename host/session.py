@@ -8,6 +8,7 @@ is as it was, and what has been learned is in the run folder (``keeping``).
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def train(request: Request) -> Result:
         session.notes.extend([*dataset_notes(request.dataset), *order.notes()])
         total = plan.steps_for(order.batches_in, presentations_per_image(request.dataset))
         prediction = prediction_of(patcher.get_model_object("model_sampling"))
-        advice = advise(patcher.model, prediction, plan, request.dataset, total, request.node_id)
+        advice = advise(patcher.model, prediction, plan, order, total, request.node_id)
         session.notes.extend(finding.line() for finding in advice)
         keeping.choose_schedule(session, total, order.batches_in(1) / plan.optimizer.gradient_accumulation)
         examples = HostExamples(request.dataset, order, patcher, request.clip, request.vae, plan, total, session.live)
@@ -158,19 +159,10 @@ def _run(session: Session, examples: HostExamples, total: int) -> Result:
     progress = Progress(total, request.node_id)
     progress.advance(trainer.step_number)
     with session.log:
-        if not _over(session, trainer):
-            _make_ready(session, trainer, examples, progress)  # data at fault ends the run before it leaves anything
-            _try_out(session, trainer, examples, progress)
         finished = _train_to_the_end(session, trainer, examples, progress)
-        if not finished:
-            lora = keeping.looked_at(session, trainer) if trainer.intact else record.lora(session, trainer)
-        elif trainer.step_number > session.kept:
-            lora = keeping.save(session, trainer, complete=True)
-        else:
-            lora = keeping.looked_at(session, trainer)
-            session.run.keep(lora)  # it may have been deleted since
+        lora = keeping.looked_at(session, trainer) if trainer.intact else record.lora(session, trainer)
         if request.previews is not None and finished:
-            _preview(session, trainer, progress, lora)
+            _last_preview(session, trainer, progress, lora)
     session.notes.extend(examples.notes())
     return Result(lora, trainer.losses, record.report(session, trainer), finished)
 
@@ -180,13 +172,21 @@ def _over(session: Session, trainer: Trainer) -> bool:
 
 
 def _train_to_the_end(session: Session, trainer: Trainer, examples: HostExamples, progress: Progress) -> bool:
-    """All steps that are left. False when the run ended before its time, with the weights it ends with."""
+    """All steps that are left, and what is kept of them. False when the run ended before its time, with the weights it
+    ends with."""
     try:
+        if not _over(session, trainer):
+            _make_ready(session, trainer, examples, progress)  # data at fault ends the run before it leaves anything
+            _try_out(session, trainer, examples, progress)
         while not _over(session, trainer):
             _make_ready(session, trainer, examples, progress)
             _train_until_break(session, trainer, examples, progress)
             if session.request.previews is not None and not _over(session, trainer):
                 _preview(session, trainer, progress, keeping.looked_at(session, trainer))
+        if trainer.step_number > session.kept:
+            keeping.save(session, trainer, complete=True)
+        else:
+            session.run.keep(keeping.looked_at(session, trainer))  # it may have been deleted since
     except TrainingDivergedError as error:
         if trainer.step_number == 0:
             raise
@@ -195,7 +195,7 @@ def _train_to_the_end(session: Session, trainer: Trainer, examples: HostExamples
         return False
     except comfy.model_management.InterruptProcessingException:
         kept = keeping.keep_so_far(session, trainer)
-        if session.request.plan.run.on_cancel != "stop and keep":
+        if not (trainer.step_number and _keeps_when_stopped(session)):
             progress.tell(f"stopped by you. {kept}", now=True)
             raise
         steps = f"{trainer.step_number} of {trainer.total_steps} steps"
@@ -208,16 +208,24 @@ def _train_to_the_end(session: Session, trainer: Trainer, examples: HostExamples
 
 
 def _kept_in_spite_of(error: BaseException, session: Session, trainer: Trainer) -> str:
+    traceback.clear_frames(error.__traceback__)  # they hold what a step had on the device, where saving needs room
+    trainer.drop_gradients()
     try:
         return keeping.keep_so_far(session, trainer)
-    except OSError as second:
+    except Exception as second:  # no disk, or no memory either
         return f"what was learned since step {session.kept} could not be saved: {second}"
 
 
 def _tell(error: BaseException, text: str) -> None:
     """Add to what the host shows of an error; its kind stays, by which the host knows what to do."""
-    if text:
+    if text and isinstance(error, OSError) and error.strerror:
+        error.strerror = f"{error.strerror}\n\n{text}"
+    elif text:
         error.args = (f"{error}\n\n{text}",)
+
+
+def _keeps_when_stopped(session: Session) -> bool:
+    return session.request.plan.run.on_cancel == "stop and keep"
 
 
 def _preview(session: Session, trainer: Trainer, progress: Progress, lora: LoraModel) -> None:
@@ -225,6 +233,19 @@ def _preview(session: Session, trainer: Trainer, progress: Progress, lora: LoraM
     sheet = session.request.previews(session.run, trainer.step_number, lora)
     progress.show(sheet)
     session.log.picture(trainer.step_number, "preview", sheet)
+
+
+def _last_preview(session: Session, trainer: Trainer, progress: Progress, lora: LoraModel) -> None:
+    """That of a run which is complete and kept, whatever becomes of the picture."""
+    try:
+        _preview(session, trainer, progress, lora)
+    except comfy.model_management.InterruptProcessingException:
+        if not _keeps_when_stopped(session):
+            raise
+        session.notes.append("the last preview was stopped by you")
+    except BaseException as error:
+        _tell(error, f"the preview failed, the run is complete: {session.run.lora_path}")
+        raise
 
 
 def _make_ready(session: Session, trainer: Trainer, examples: HostExamples, progress: Progress) -> None:
@@ -293,6 +314,7 @@ def _train_until_break(session: Session, trainer: Trainer, examples: HostExample
             session.seconds.append(time.perf_counter() - began)
             session.log.after(report, session.seconds[-1])
             session.skipped += report.skipped
+            session.idle += report.gradient_norm == 0
             progress.advance()
             progress.tell(_line(report, trainer.total_steps, session.seconds[-1]), now=trainer.finished)
             if trainer.finished or (plan.run.validate_every and report.step % plan.run.validate_every == 0):

@@ -98,11 +98,11 @@ def _meant(name: str, known: Mapping[str, Mapping[str, str]], blocks: Sequence[B
         if match["again"] and known.get(match["again"]) is not known[match["name"]]:
             raise ValueError(f"{name[:60]!r} begins in one group of blocks and ends in another; write two names")
         last = int(match["last"]) if match["last"] else max(members)
-    if first > last:
-        raise ValueError(f"{name[:60]!r} ends before it begins; write the smaller number first")
     if missing := [number for number in (first, last) if number not in members]:
         there = f"{min(members)} to {max(members)}" if len(members) > 1 else str(min(members))
         raise ValueError(f"{name[:60]!r}: there is no number {missing[0]}, expected {there}; {described(blocks)}")
+    if first > last:
+        raise ValueError(f"{name[:60]!r} ends before it begins; write the smaller number first")
     return {block for number, block in members.items() if first <= number <= last}
 
 

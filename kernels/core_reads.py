@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .adapter import Adapter, wide
 from .boft import PeftBOFT
+from .compose import Sum, Wrapper
 from .dora import DoRA
 from .full import Full
 from .glora import A1, A2, B1, B2, GLoRA
@@ -90,6 +91,10 @@ FAULTS = (
 
 def fault_of(adapter: Adapter) -> Fault | None:
     """What ComfyUI's own loaders make of an adapter otherwise than it is; None where they are right."""
+    if isinstance(adapter, Sum):
+        return next(filter(None, map(fault_of, adapter.parts)), None)
+    if isinstance(adapter, Wrapper):
+        return fault_of(adapter.inner)
     return next((fault for fault in FAULTS if fault.fits(adapter)), None)
 
 
@@ -110,12 +115,13 @@ def rewritten(file: LoRAFile, weight_of: Callable[[str], Tensor] | None) -> tupl
     """
     adapters, done, worst = dict(file.adapters), Counter[str](), 0.0
     for path, adapter in file.adapters.items():
-        if fault_of(adapter) is None:
+        fault = fault_of(adapter)
+        if fault is None:
             continue
         plain = _without_weight(adapter)
         if plain is None:
             if weight_of is None:
-                raise ValueError(f"{path}: what {adapter.name} does depends on the weights; connect the MODEL, or CLIP")
+                raise ValueError(f"{path}: what {fault.name} does depends on the weights; connect the MODEL, or CLIP")
             plain, error = _difference(adapter, weight_of(path))
             worst = max(worst, error)
         adapters[path] = plain
@@ -123,7 +129,10 @@ def rewritten(file: LoRAFile, weight_of: Callable[[str], Tensor] | None) -> tupl
     told = ", ".join(f"{count} layers as {what}" for what, count in done.items())
     if not told:
         return file, []
-    return replace(file, adapters=adapters), [f"written for ComfyUI's own loaders: {told}; largest error {worst:.0e}"]
+    notes = [f"written for ComfyUI's own loaders: {told}; largest error {worst:.0e}"]
+    if any(isinstance(adapter, IA3) and adapter.scales_bias for adapter in file.adapters.values()):
+        notes.append("PEFT's (IA)³ scales the biases of its layers too, which are left as they are")
+    return replace(file, adapters=adapters), notes
 
 
 def _dimensions(adapter: Adapter) -> int:

@@ -60,7 +60,7 @@ def chosen(layers: Sequence[Target], rules: Sequence[Rule], among: str) -> list[
     found = [layer for layer in layers if not naming or any(rule.fits(layer) for rule in naming)]
     for rule in rules:
         if rule.leaves_out and not any(rule.fits(layer) for layer in found):
-            there = "those that the rules before chose" if naming else among
+            there = "those that the other rules chose" if naming else among
             raise ValueError(f"{rule} leaves out nothing of {there}{_nearest(rule.text.lstrip('- '), found)}")
     kept = [layer for layer in found if not any(rule.leaves_out and rule.fits(layer) for rule in rules)]
     if not kept:
@@ -86,7 +86,10 @@ def _fits(body: str, blocks: Sequence[Block]) -> Callable[[Target], bool]:
         ids = resolve(body.removeprefix("block:"), blocks)
         return lambda layer: (layer.block or BASE) in ids
     if body.startswith("re:"):
-        search = _checked(body.removeprefix("re:").strip()).search
+        expression = body.removeprefix("re:").strip()
+        if not expression:
+            raise ValueError("re: with nothing behind it; write a regular expression")
+        search = _checked(expression).search
         return lambda layer: search(_read(layer, body)) is not None
     if "*" in body or "?" in body:
         match = re.compile(fnmatch.translate(body.replace("[", "[[]"))).match
@@ -118,11 +121,15 @@ def _nearest(text: str, layers: Iterable[Target]) -> str:
     """The part of a path that is most like ``text``, in words; empty where nothing is."""
     if text.startswith(("block:", "re:")):
         return ""
-    wanted = text.strip("*?.")
+    if "," in text:
+        return "; write one rule a line"
+    wanted = text.strip("*?.").lower()
     length = wanted.count(".") + 1
-    parts: dict[str, None] = {}
+    parts: dict[str, str] = {}
     for layer in layers:
         segments = layer.path.split(".")
-        parts |= dict.fromkeys(".".join(segments[n : n + length]) for n in range(len(segments) - length + 1))
+        for n in range(len(segments) - length + 1):
+            part = ".".join(segments[n : n + length])
+            parts.setdefault(part.lower(), part)
     found = difflib.get_close_matches(wanted, parts, 1)
-    return f"; do you mean {found[0]!r}?" if found else ""
+    return f"; do you mean {parts[found[0]]!r}?" if found else ""

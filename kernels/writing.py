@@ -187,8 +187,8 @@ def _as_peft(
         outside = name if dialect == "diffusers" else WRAPPER + inside.removeprefix(WRAPPER)
         written[outside] = {names[part]: tensor for part, tensor in parts.items()}
     if dialect == "peft" and (len(components) > 1 or len(kinds) > 1):
-        mixed = sorted(components if len(components) > 1 else kinds)
-        raise ValueError(f"PEFT files hold one component and one kind of adapter, not {', '.join(mixed)}")
+        mixed = ", ".join(sorted(components if len(components) > 1 else kinds))
+        raise ValueError(f"PEFT files hold one component and one kind of adapter, not {mixed}; write native or kohya")
     return written, _config(written, next(iter(kinds), "LORA"), ranks)
 
 

@@ -63,7 +63,7 @@ class LoomLoRATrainer(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="What is trained on, as wired: with LoRAs applied and shifts set."),
-                io.Clip.Input("clip", optional=True, tooltip="Encodes the captions. Needed; it is not trained."),
+                io.Clip.Input("clip", optional=True, tooltip="Encodes the captions. Needed."),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes the images. Needed."),
                 LOOM_DATASET.Input("dataset", tooltip="From the Dataset Loader."),
                 *widgets(Plan),

@@ -1,7 +1,8 @@
 """How much a forward keeps for its backward, counted in bytes of tensor storage.
 
-``Activations.counting`` is one ``with`` around a forward. Checkpointed blocks keep their inputs only; what such a block
-needs while it is run once more is found by running the largest of each kind without its checkpoint.
+``Activations.counting`` is one ``with`` around a forward, whose graph is good for nothing else: what is counted is not
+kept, so that counting needs little memory itself. Checkpointed blocks keep their inputs only; what such a block needs
+while it is run once more is found by running the largest of each kind without its checkpoint.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Activations:
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         self.kept = self.block = self.away = 0
         self._known = {_key(tensor) for tensor in existing if type(tensor) in (Tensor, nn.Parameter)}
+        self._sets = [self._known]  # of all and, while one block is run, of that one
         self._sent: set[int] = set()
         self._measured: dict[type, int] = {}  # kind of block -> size of the largest input
 
@@ -37,7 +39,7 @@ class Activations:
     def counting(self) -> Iterator[Activations]:
         _active.counter = self
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(self._see, lambda nothing: nothing):
                 yield self
         finally:
             _active.counter = None
@@ -67,15 +69,13 @@ class Activations:
         """A block run without its checkpoint: what it keeps would be there only while it is run again."""
         before = self.kept, self._known
         self.kept, self._known = 0, set(self._known)
+        self._sets.append(self._known)
         try:
             yield
         finally:
+            self._sets.pop()
             self.block = max(self.block, self.kept)
             self.kept, self._known = before
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self._see(tensor)
-        return tensor
 
     def _see(self, tensor: Tensor) -> None:
         key = _key(tensor)
@@ -84,7 +84,12 @@ class Activations:
         self._known.add(key)
         storage = tensor.untyped_storage()
         self.kept += storage.nbytes()
-        weakref.finalize(storage, self._known.discard, key)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        """Another storage may come to lie there."""
+        for known in self._sets:
+            known.discard(key)
 
 
 def _key(tensor: Tensor) -> int:

@@ -37,6 +37,7 @@ from .settings import AdapterSettings, Plan
 from .settings.adapter import CUSTOM
 
 ENCODER_LAYERS = "attention+MLP"  # of text encoders, where the model's own choice means nothing there
+_OF_THE_MODEL = ("layer_filter", "blocks", "conv_rank", "conv_alpha", "tucker")
 
 
 @dataclass
@@ -160,7 +161,12 @@ def _check_effects(
     adapters: Mapping[str, Adapter],
     component: str,
 ) -> None:
-    """Raises OptionError naming an option that changes nothing on these layers."""
+    """Raises OptionError naming an option that changes nothing on these layers.
+
+    What changes the model need not do anything to its text encoders.
+    """
+    if component != MODEL and plan.components.train_model:
+        return
     settings, reads = plan.adapter, FAMILIES[plan.adapter.algorithm].options
     held = {name for adapter in adapters.values() for name in adapter.tensors}
     halves = {"full" if {W1, W2} <= adapter.tensors.keys() else "low" for adapter in adapters.values()}
@@ -173,8 +179,13 @@ def _check_effects(
         _refuse(settings, "conv_alpha", 1.0, "alpha" not in reads, f"{settings.algorithm} has no alpha")
         core = "no k×k convolution is trained, or their ranks are too great for a low-rank half (LoKr)"
         _refuse(settings, "tucker", False, not held & {MID, T1, T2}, core)
-        biased = any(_has_bias(tree, path) for path in adapters)
-        _refuse(settings, "train_bias", False, not biased, "none of the layers has a bias")
+    else:
+        text = "it is for the diffusion model, and train_model is off"
+        for option in _OF_THE_MODEL:
+            _refuse(settings, option, options_of(AdapterSettings)[option][1], True, text)
+        _refuse(settings, "layers", ENCODER_LAYERS, settings.layers == "conv", text)
+    biased = any(_has_bias(tree, path) for path in adapters)
+    _refuse(settings, "train_bias", False, not biased, "none of the layers has a bias")
     whole = "rank is no less than half the longer side of what it would divide; lower rank"
     _refuse(settings, "decompose_both", False, W1_A not in held, whole)
     _refuse(settings, "full_matrix", False, not _is_made_full(settings, layers, sizes), f"it is full anyway: {whole}")

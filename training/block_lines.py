@@ -70,17 +70,24 @@ def sizes(layers: Sequence[Target], lines: Sequence[Line], plain: Size, spatial:
     """
     for line in lines:
         _check_effect(line, [layer for layer in layers if line.is_about(layer)])
-    found = {}
+    found, acting = {}, set()
     for layer in layers:
         prefix, size, off = ("conv_", spatial, False) if is_spatial(layer) else ("", plain, False)
+        said_by: dict[str, int] = {}  # word → number of the last line that says it
         for line in lines:
             if line.is_about(layer):
+                words = [word for word in (f"{prefix}rank", f"{prefix}alpha", "lr") if word in line.values]
+                said_by |= dict.fromkeys(words + [OFF] * (line.off or off), line.number)
                 off, values = line.off, line.values
                 rank = int(values.get(f"{prefix}rank", size.rank))
                 alpha, factor = values.get(f"{prefix}alpha", size.alpha), values.get("lr", size.factor)
                 size = replace(size, rank=rank, alpha=alpha, factor=factor)
         if not off and size.rank:
             found[layer.path] = size
+        acting |= {said_by[OFF]} if off else set(said_by.values())
+    for line in lines:
+        if line.number not in acting:
+            raise OptionError(f"{line} has no effect: later lines change all of it; put it behind them or take it out")
     return found
 
 
@@ -104,7 +111,7 @@ def _line(number: int, text: str, blocks: Sequence[Block]) -> Line:
         ids = frozenset(resolve(names, blocks))
     except ValueError as error:
         raise OptionError(f"{where}: {error}") from error
-    words = re.sub(r"\s*=\s*", "=", rest).split()
+    words = re.sub(r"\s*=\s*", "=", rest).replace(",", " ").split()
     if not words:
         raise OptionError(f"{where}: nothing stands behind the colon; write {', '.join(_WORDS)} with =, or off")
     if OFF in words:

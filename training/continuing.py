@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .options import options_of
-from .schedules import Schedule
+from .schedules import Schedule, check_room
 from .settings import PARTS, OptimizerSettings, Plan
 
 VERDICTS = {
@@ -161,6 +161,7 @@ def next_segments(
     changed: bool,
 ) -> tuple[list[Segment], bool]:
     """The schedules of a run that goes on at ``step``, the last being the one it follows; whether that one is new.
+    Raises OptionError where the options do not fit what is left.
 
     ``changed`` says that options of the schedule are different.
     """
@@ -170,4 +171,6 @@ def next_segments(
     goes_on = not changed and not counts_epochs and (same_end or last.schedule(settings).horizon_free)
     if goes_on or step >= total:
         return list(before), False
-    return [*before, Segment(step, max(1, wanted.length - step), steps_per_epoch)], True
+    length = max(1, wanted.length - step)
+    check_room(settings, length, steps_per_epoch, "the rest of the run, for which a new schedule begins")
+    return [*before, Segment(step, length, steps_per_epoch)], True

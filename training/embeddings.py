@@ -90,9 +90,12 @@ def keep_length(vectors: Tensor, length: float) -> None:
 
 
 def pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds whole words, longer ones first; "embedding:" before them, as the host wants it, belongs to them."""
+    """Finds whole words, longer ones first; "embedding:" before them, as the host wants it, belongs to them.
+
+    Before another name it does not make a word "embedding", as files without a name have it.
+    """
     alternatives = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return re.compile(rf"(?<![\w-])(?:embedding:)?({alternatives})(?![\w-])")
+    return re.compile(rf"(?<![\w-])(?:embedding:)?(?!(?<!embedding:)embedding:[^\W\d])({alternatives})(?![\w-])")
 
 
 def check_used(words: Sequence[Word], captions: Iterable[str]) -> None:

@@ -83,13 +83,14 @@ class Log:
     def _open(self) -> None:
         path = self.folder / LOG
         self.folder.mkdir(parents=True, exist_ok=True)
+        first = self.step + 1 if self.step else 0  # a run that begins anew measures its beginning anew
         if path.exists():
-            _cut(path, self.step)
+            _cut(path, first)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by __exit__
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=self.step + 1, flush_secs=10)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=first, flush_secs=10)  # type: ignore[no-untyped-call]
         held, self._held = self._held, []
         for line in held:
             self._put(line)
@@ -104,12 +105,12 @@ class Log:
                 self._board.add_scalar(name, value, line["step"])
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and one that a killed process left unfinished."""
+def _cut(path: Path, first: int) -> None:
+    """Drop the lines of the steps from ``first`` on, and one that a killed process left unfinished."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)["step"] < first:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

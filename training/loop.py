@@ -155,7 +155,7 @@ class Trainer:
         micro_steps = self.plan.optimizer.gradient_accumulation
         total, bands = 0.0, _Bands()
         for micro in range(micro_steps):
-            for loss in self._terms(self.step_number * micro_steps + micro, bands):
+            for loss in self.terms(self.step_number * micro_steps + micro, bands):
                 total += loss.item()
                 if not math.isfinite(total):
                     self._diverged(f"the loss is {total}")
@@ -210,10 +210,10 @@ class Trainer:
 
     def loss(self, position: int) -> Tensor:
         """Mean loss of the ``position``-th micro-batch of the run, differentiable in what is trained."""
-        terms = list(self._terms(position, _Bands()))
+        terms = list(self.terms(position))
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
-    def _terms(self, position: int, bands: _Bands) -> Iterator[Tensor]:
+    def terms(self, position: int, bands: _Bands | None = None) -> Iterator[Tensor]:
         """The parts of the loss; each may be differentiated before the next one is computed, to need less memory."""
         assert self.denoiser is not None, "a step needs a denoiser"
         self._seed_dropout(position)
@@ -225,6 +225,14 @@ class Trainer:
         sigma = self.denoiser.noise_levels(times).to(self.device)
         latents = batch.latents.to(self.device)
         noised = add_noise(latents, sigma, prediction, settings, generator(seed, "noise", position))
+        yield self._denoising(batch, noised, sigma, times, bands or _Bands())
+        if batch.preserved is not None and any(item is not None for item in batch.preserved):
+            yield settings.preservation_weight * self._preservation(batch.preserved, noised.noisy, sigma)
+
+    def _denoising(self, batch: Batch, noised: Noised, sigma: Tensor, times: Tensor, bands: _Bands) -> Tensor:
+        """What the samples teach; nothing of it is held on to here while what follows is computed."""
+        assert self.denoiser is not None
+        prediction, settings = self.denoiser.prediction, self.plan.objective
         output = self.denoiser.predict(noised.noisy, sigma, batch.conditioning)
         losses = sample_losses(
             output,
@@ -238,9 +246,7 @@ class Trainer:
         bands.add(times, losses.detach())
         weights = loss_weights(sigma, prediction, settings)
         losses = losses if weights is None else losses * weights.to(losses)
-        yield (losses if batch.weights is None else losses * batch.weights.to(losses)).mean()
-        if batch.preserved is not None and any(item is not None for item in batch.preserved):
-            yield settings.preservation_weight * self._preservation(batch.preserved, noised.noisy, sigma)
+        return (losses if batch.weights is None else losses * batch.weights.to(losses)).mean()
 
     def _targets(self, batch: Batch, noised: Noised, sigma: Tensor) -> Tensor:
         """The targets (B, …), where marked the prediction of the base."""

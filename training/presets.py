@@ -117,8 +117,8 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "guide: Prodigy",
-            "The written guide's way with an optimizer that finds its own rate: rate 1, cosine, alpha 1. For models with "
-            "convolutions: SD 1, SD 2, SDXL.",
+            "The written guide's way with an optimizer that finds its own rate: rate 1, cosine, alpha 1. For models "
+            "with convolutions: SD 1, SD 2, SDXL.",
             {
                 "trainer": {
                     "length": 100,

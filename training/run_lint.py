@@ -5,25 +5,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..kernels.registry import FAMILIES
+from .dataset.balancing import presentations_per_image
+from .dataset.batches import BatchPlan
 from .dataset.lint_rules import LEVELS
 from .dataset.model import Dataset
-from .optimizers.table import OPTIMIZERS
+from .optimizers.arguments import parse_arguments
+from .optimizers.table import BY_NAME, OPTIMIZERS, OptimizerInfo
 from .run_rules import RUN_RULES, Change, RunFinding
 from .settings import Plan
 
 STYLE_IMAGES = 50  # a single concept with more pictures is taken for a style
+ANY_RATE = frozenset({"SGD", "SGDScheduleFree", "SGD8bit", BY_NAME})  # steps in proportion to gradients, or anybody's
+DECOUPLE = re.compile(r"\bdecouple\s*=\s*\w+[,;]?")
 
 
 @dataclass(frozen=True)
 class RunFacts:
     """What is known before the first step.
 
-    ``native`` is the side of the square pictures the model was made with, 0 where that is not known; ``flow`` is False
-    for noise- and v-prediction.
+    ``native`` is the side of the square pictures the model was made with, 0 where that is not known; ``noise``: whether
+    it predicts noise.
     """
 
     plan: Plan
@@ -32,24 +39,26 @@ class RunFacts:
     presentations: float  # of each image in the whole run, in the mean
     architecture: str = "this model"
     native: int = 0
-    flow: bool = False
+    noise: bool = True
 
     @property
-    def adaptive(self) -> bool:
-        """Whether the optimizer finds its own learning rate."""
-        return OPTIMIZERS[self.plan.optimizer.optimizer].finds_rate
+    def optimizer(self) -> OptimizerInfo:
+        return OPTIMIZERS[self.plan.optimizer.optimizer]
+
+    def reads(self, option: str) -> bool:
+        """Whether the adapters' family has a rank, an alpha."""
+        return option in FAMILIES[self.plan.adapter.algorithm].options
 
     @property
     def concepts(self) -> list[int]:
         return sorted({self.dataset.samples[index].concept for index in self.dataset.members("training")})
 
 
-def facts(plan: Plan, dataset: Dataset, total_steps: int, **model: Any) -> RunFacts:
-    """``model``: ``architecture``, ``native``, ``flow`` of ``RunFacts``."""
-    trained = max(1, len(dataset.members("training")))
-    shown = total_steps * plan.optimizer.gradient_accumulation * plan.batch_size
-    regularised = bool(dataset.members("regularisation"))
-    return RunFacts(plan, dataset, total_steps, shown / trained / (2 if regularised else 1), **model)
+def facts(plan: Plan, order: BatchPlan, total_steps: int, **model: Any) -> RunFacts:
+    """``model``: ``architecture``, ``native``, ``noise`` of ``RunFacts``."""
+    epochs = order.epochs_at(total_steps * plan.optimizer.gradient_accumulation)
+    shown = epochs * float(presentations_per_image(order.dataset))
+    return RunFacts(plan, order.dataset, total_steps, shown, **model)
 
 
 def check_run(known: RunFacts) -> list[RunFinding]:
@@ -67,25 +76,43 @@ def _set(part: str, option: str, value: Any) -> Change:
     return Change(part, option, value)
 
 
-def _optimizer(known: RunFacts) -> Iterator[RunFinding]:
-    plan, settings = known.plan, known.plan.optimizer
-    name, rate = settings.optimizer, plan.learning_rate
-    if known.adaptive:
-        limits = RUN_RULES["L001"].limits
-        if not limits["low"] <= rate <= limits["high"]:
-            yield _finding("L001", _set("trainer", "learning_rate", 1.0), optimizer=name, rate=rate)
-        if settings.schedule != "cosine" and not OPTIMIZERS[name].schedule_free:
-            yield _finding("L002", _set("optimizer", "schedule", "cosine"), optimizer=name, schedule=settings.schedule)
-        if plan.alpha != 1:
-            yield _finding("L003", _set("trainer", "alpha", 1.0), optimizer=name, alpha=plan.alpha)
-        if "decouple" in OPTIMIZERS[name].arguments and "decouple" not in settings.optimizer_args:
-            yield _finding(
-                "L004",
-                _set("optimizer", "optimizer_args", f"{settings.optimizer_args} decouple=True".strip()),
-                _set("optimizer", "weight_decay", 0.1),
-                _set("optimizer", "beta2", 0.99),
-                optimizer=name,
-            )
+def _finds_rate(known: RunFacts) -> Iterator[RunFinding]:
+    """Of optimizers that find their own learning rate."""
+    plan, settings, rate = known.plan, known.plan.optimizer, known.plan.learning_rate
+    if not known.optimizer.finds_rate:
+        return
+    name, limits = settings.optimizer, RUN_RULES["L001"].limits
+    if not limits["low"] <= rate <= limits["high"]:
+        yield _finding("L001", _set("trainer", "learning_rate", 1.0), optimizer=name, rate=rate)
+    if settings.schedule != "cosine" and not known.optimizer.schedule_free:
+        yield _finding("L002", _set("optimizer", "schedule", "cosine"), optimizer=name, schedule=settings.schedule)
+    if plan.alpha != 1 and known.reads("alpha"):
+        yield _finding("L003", _set("trainer", "alpha", 1.0), optimizer=name, alpha=plan.alpha)
+    if changes := _arguments(known):
+        yield _finding("L004", *changes, optimizer=name)
+
+
+def _arguments(known: RunFacts) -> list[Change]:
+    """From what such an optimizer is given to what the guide gives it; what is written out was chosen knowingly."""
+    settings = known.plan.optimizer
+    if "decouple" not in known.optimizer.arguments:
+        return []
+    given, changes = parse_arguments(settings.optimizer_args), []
+    if not given.get("decouple", True):
+        rest = DECOUPLE.sub(" ", settings.optimizer_args).strip()
+        changes.append(_set("optimizer", "optimizer_args", f"{rest} decouple=True".strip()))
+    if "weight_decay" not in given and settings.weight_decay != 0.1:
+        changes.append(_set("optimizer", "weight_decay", 0.1))
+    if "betas" not in given and settings.beta2 != 0.99:
+        changes.append(_set("optimizer", "beta2", 0.99))
+    return changes
+
+
+def _rate(known: RunFacts) -> Iterator[RunFinding]:
+    """Of optimizers that are told their learning rate."""
+    plan, settings, rate = known.plan, known.plan.optimizer, known.plan.learning_rate
+    name = settings.optimizer
+    if known.optimizer.finds_rate or name in ANY_RATE:
         return
     if plan.adapter.algorithm == "IA3":
         limits = RUN_RULES["L022"].limits
@@ -93,12 +120,16 @@ def _optimizer(known: RunFacts) -> Iterator[RunFinding]:
             yield _finding("L022", _set("trainer", "learning_rate", limits["low"]), rate=rate, **limits)
     elif rate > RUN_RULES["L005"].limits["above"]:
         yield _finding("L005", _set("trainer", "learning_rate", 1e-4), optimizer=name, rate=rate)
-    elif name.startswith("AdamW"):
+    elif "AdamW" in name and not known.optimizer.schedule_free:  # those average, and like higher rates
         limits = RUN_RULES["L006"].limits
         if not limits["low"] <= rate <= limits["high"]:
             yield _finding("L006", _set("trainer", "learning_rate", 1e-4), optimizer=name, rate=rate, **limits)
         if settings.schedule == "constant" and known.total_steps >= RUN_RULES["L060"].limits["steps"]:
             yield _finding("L007", _set("optimizer", "schedule", "cosine with restarts"))
+
+
+def _warmup(known: RunFacts) -> Iterator[RunFinding]:
+    settings = known.plan.optimizer
     if known.total_steps and settings.schedule_unit == "steps":
         share = settings.warmup_steps / known.total_steps
         if share > RUN_RULES["L062"].limits["above"]:
@@ -115,11 +146,11 @@ def _adapter(known: RunFacts) -> Iterator[RunFinding]:
     if algorithm in ("LoRA", "LoRA-FA") and rank > limit:
         yield _finding("L010", _set("trainer", "rank", 32), rank=rank, limit=limit)
     limit = RUN_RULES["L012"].limits["above"]
-    if settings.conv_rank > limit:
+    if settings.conv_rank > limit and known.reads("rank"):
         yield _finding("L012", _set("adapter", "conv_rank", int(limit)), rank=settings.conv_rank, limit=limit)
     strength = abs(plan.alpha) / rank
     low_rank = algorithm in ("LoRA", "LoRA-FA", "LoHa", "GLoRA") and not settings.rs_lora
-    if low_rank and not known.adaptive and strength < RUN_RULES["L013"].limits["below"]:
+    if low_rank and not known.optimizer.finds_rate and strength < RUN_RULES["L013"].limits["below"]:
         yield _finding("L013", _set("trainer", "alpha", float(rank)), alpha=plan.alpha, rank=rank, strength=strength)
     if algorithm == "LoKr" and settings.factor != -1:
         limits = RUN_RULES["L020"].limits
@@ -150,7 +181,8 @@ def _adapter(known: RunFacts) -> Iterator[RunFinding]:
 
 def _convolutions(known: RunFacts) -> Iterator[RunFinding]:
     settings = known.plan.adapter
-    if settings.conv_rank and settings.conv_rank > RUN_RULES["L014"].limits["rank"]:
+    low, high = RUN_RULES["L014"].limits["rank"], RUN_RULES["L012"].limits["above"]
+    if low < settings.conv_rank <= high and known.reads("rank"):
         yield _finding(
             "L014",
             _set("adapter", "conv_rank", 16),
@@ -213,7 +245,7 @@ def _objective(known: RunFacts) -> Iterator[RunFinding]:
         limits = RUN_RULES["L041"].limits
         if not limits["low"] <= settings.min_snr_gamma <= limits["high"]:
             yield _finding("L041", _set("objective", "min_snr_gamma", 5.0), gamma=settings.min_snr_gamma)
-        if not settings.debiased and not known.flow:
+        if not settings.debiased and known.noise:
             yield _finding("L040", _set("objective", "debiased", True))
     limit = RUN_RULES["L042"].limits["above"]
     if settings.noise_offset > limit:
@@ -225,7 +257,8 @@ def _text(known: RunFacts) -> Iterator[RunFinding]:
     for number, (rate, stop) in enumerate(zip(components.encoder_rates, components.encoder_stops, strict=True), 1):
         if not rate:
             continue
-        if components.train_model and rate >= RUN_RULES["L050"].limits["share"] * model:
+        free = components.train_model and not known.optimizer.one_rate
+        if free and rate >= RUN_RULES["L050"].limits["share"] * model:
             change = _set("components", f"te{number}_learning_rate", model / 2)
             yield _finding("L050", change, number=number, rate=rate, model=model)
         if not stop and known.total_steps >= RUN_RULES["L051"].limits["steps"]:
@@ -233,4 +266,4 @@ def _text(known: RunFacts) -> Iterator[RunFinding]:
             yield _finding("L051", change, number=number, steps=known.total_steps)
 
 
-_CHECKS = (_optimizer, _adapter, _convolutions, _data, _resolution, _objective, _text)
+_CHECKS = (_finds_rate, _rate, _warmup, _adapter, _convolutions, _data, _resolution, _objective, _text)

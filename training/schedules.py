@@ -58,15 +58,20 @@ def check_schedule(settings: Any) -> None:
 def check_length(settings: Any, total: int, steps_per_epoch: float = 1.0) -> None:
     """Raises OptionError where the schedule does not fit a run of ``total`` optimizer steps."""
     length = _steps(settings, settings.horizon, steps_per_epoch) or total
-    warmup = _steps(settings, settings.warmup_steps, steps_per_epoch)
-    decay = _steps(settings, settings.decay_steps, steps_per_epoch)
     if length < total:
         raise OptionError(f"horizon is {length} steps, expected 0 or at least the {total} steps of the run")
+    check_room(settings, length, steps_per_epoch, "the run")
+
+
+def check_room(settings: Any, length: int, steps_per_epoch: float, whose: str) -> None:
+    """Raises OptionError where warm-up and fall do not fit the ``length`` steps of ``whose`` schedule."""
+    warmup = _steps(settings, settings.warmup_steps, steps_per_epoch)
+    decay = _steps(settings, settings.decay_steps, steps_per_epoch)
     if warmup > length:
-        raise OptionError(f"warmup_steps is {warmup} steps, expected at most the {length} of the run")
+        raise OptionError(f"warmup_steps is {warmup} steps, expected at most the {length} of {whose}")
     if warmup + decay > length:
         raise OptionError(
-            f"decay_steps is {decay} steps, expected at most {length - warmup}: the run has {length} and the warm-up "
+            f"decay_steps is {decay} steps, expected at most {length - warmup}: {whose} has {length} and the warm-up "
             f"takes {warmup}"
         )
 

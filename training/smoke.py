@@ -64,9 +64,9 @@ def check_gradients(trainer: Trainer, modules: Mapping[str, nn.Module]) -> Smoke
             _check_finite(trainer, position, modules)
             notes = _judged(trainer, position, modules, lost) if lost else []
             _check_slope(trainer, position, modules)
-        except torch.cuda.OutOfMemoryError as error:
-            raise torch.cuda.OutOfMemoryError(f"{_first_line(error)} Before the first step: {SMALLER}") from error
         except RuntimeError as error:
+            if _out_of_memory(error):
+                raise type(error)(f"{_first_line(error)} Before the first step: {SMALLER}") from error
             if isinstance(error, GradientError):
                 raise
             trace = _traced(trainer, position, modules)
@@ -82,15 +82,21 @@ def check_gradients(trainer: Trainer, modules: Mapping[str, nn.Module]) -> Smoke
 def _measured(trainer: Trainer, position: int, modules: Mapping[str, nn.Module]) -> Smoke:
     batch = trainer.examples.batch(position)
     weights = [t for m in modules.values() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
-    activations = Activations([*trainer.parameters, *weights])
-    with activations.counting():  # autograd does not watch for writes in place meanwhile: no gradient is taken of it
-        trainer.loss(position)
+    parts, counted = trainer.terms(position), []
+    while True:  # of the largest, for one part of the loss is differentiated before the next one is computed
+        activations = Activations([*trainer.parameters, *weights])
+        with activations.counting():  # autograd does not watch for writes in place now: no gradient is taken of it
+            if next(parts, None) is None:
+                break
+        counted.append(activations)
     began = time.perf_counter()
-    _backward(trainer.loss(position))
+    for loss in trainer.terms(position):
+        _backward(loss)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     seconds = time.perf_counter() - began
-    return Smoke(activations.kept, activations.block, activations.away, batch.latents.numel(), seconds)
+    kept, block, away = (max(getattr(one, what) for one in counted) for what in ("kept", "block", "away"))
+    return Smoke(kept, block, away, batch.latents.numel(), seconds)
 
 
 def _backward(loss: Tensor) -> None:
@@ -267,6 +273,12 @@ def _without_dropout(adapters: list[Adapter]) -> Iterator[None]:
     finally:
         for adapter, dropout in zip(adapters, before, strict=True):
             adapter.dropout, adapter.seed = dropout, None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Devices other than CUDA say it in words only."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -18,6 +19,7 @@ from ..kernels.compose import Sliced, Sum, Swapped
 from ..kernels.dora import AXES, DoRA
 from ..kernels.embeddings import by_encoder
 from ..kernels.full import Full
+from ..kernels.lora import DyLoRA
 from ..kernels.names import NameTable
 from ..kernels.oftv2 import OFTv2
 from ..kernels.pieces import as_one, pieces_of
@@ -49,7 +51,10 @@ def start_from(components: Iterable[Component], given: LoraModel, names: NameTab
     those are trained. Raises OptionError.
     """
     components = list(components)
-    file = read_lora(given, names)
+    try:
+        file = read_lora(given, names)
+    except ValueError as error:
+        raise OptionError(f"start_from: {error}") from error
     words = _words(components, file.embeddings)
     fresh = {path: component.adapters for component in components for path in component.adapters}
     shared = {path: _whole(path, file.adapters[path], names) for path in fresh if path in file.adapters}
@@ -138,6 +143,12 @@ def _other_ranks(shared: Mapping[str, Adapter], fresh: Mapping[str, Adapter]) ->
                 f"start_from has rank {rank} on {path}, {option} is {_rank(fresh[path])}: set {option} to {rank}"
             )
         other |= found
+    for path, rank in other.items():
+        own = fresh[path]
+        if isinstance(own, DyLoRA) and rank % own.unit:
+            raise OptionError(
+                f"start_from has rank {rank} on {path}, unit is {own.unit}: set unit to a divisor of {rank}"
+            )
     return other
 
 
@@ -166,9 +177,12 @@ def _taken(path: str, theirs: Adapter, own: Adapter, other_rank: bool) -> Adapte
 
 
 def _alpha(theirs: Adapter, own: Adapter) -> float | None:
-    """That of ``theirs``, but not the little that a file's precision takes from it."""
+    """That of ``theirs``, but not the little that a file's precision takes from it; the rank where it stands for it."""
     rounded = None if own.alpha is None else torch.tensor(own.alpha).item()
-    return own.alpha if theirs.alpha == rounded else theirs.alpha
+    if theirs.alpha == rounded:
+        return own.alpha
+    rank = _rank(theirs)
+    return rank if rank and theirs.alpha in (0.0, math.inf) else theirs.alpha  # as ``low_rank_scale`` has it
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -24,8 +24,7 @@ app.registerExtension({
   name: "LoRALoom.TrainingNodes",
   setup() {
     api.addEventListener("loom.run_lint", ({ detail }) => {
-      const node = app.graph.getNodeById(detail.node);
-      node?.loomAdvice?.show(detail.findings);
+      nodeOf(detail.node)?.loomAdvice?.show(detail.findings);
     });
   },
   nodeCreated(node) {
@@ -37,9 +36,21 @@ app.registerExtension({
       before?.call(this, value, ...rest);
       fillAll(node, part, value).catch((error) => tell("error", "The preset could not be read", error.message));
     };
-    if (node.comfyClass === TRAINER) node.loomAdvice = addAdvice(node, (change) => apply(node, change));
+    if (node.comfyClass !== TRAINER) return;
+    const failed = (error) => tell("error", "The value could not be set", error.message);
+    node.loomAdvice = addAdvice(node, (change) => apply(node, change).catch(failed));
   },
 });
+
+/** The node that the server calls so: "7", or "3:7" inside the subgraph of node 3. */
+function nodeOf(id) {
+  let [node, graph] = [null, app.rootGraph ?? app.graph];
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part);
+    graph = node?.subgraph;
+  }
+  return node;
+}
 
 function partOf(node) {
   return Object.keys(PARTS).find((part) => PARTS[part] === node.comfyClass);

@@ -52,6 +52,15 @@ VALUES = """(type) => {
     const node = app.graph._nodes.find((node) => node.type === type);
     return node && Object.fromEntries(node.widgets.map((widget) => [widget.name, widget.value]));
 }"""
+INSIDE = """() => {
+    const trainer = app.graph._nodes.find((node) => node.type === "LoomLoRATrainer");
+    const { subgraph, node: wrapper } = app.graph.convertToSubgraph(new Set([trainer]));
+    const inner = subgraph.nodes.find((node) => node.type === "LoomLoRATrainer");
+    const findings = [{ rule: "L000", level: "warn", message: "so be it", changes: [] }];
+    app.api.dispatchCustomEvent("loom.run_lint", { node: `${wrapper.id}:${inner.id}`, findings });
+    const lines = inner.loomAdvice.element.children;
+    return { wrapper: wrapper.id !== inner.id, lines: lines.length, text: lines[0]?.textContent };
+}"""
 HAS = """([type, wanted]) => {
     const node = app.graph._nodes.find((node) => node.type === type);
     const value = (name) => node?.widgets.find((widget) => widget.name === name)?.value;
@@ -104,6 +113,11 @@ def test_advice_comes_with_a_value_to_click(training, server):
     while not set(server.get("/history")) - before:
         assert time.monotonic() < deadline, server.log_tail()
         training.wait_for_timeout(200)
+
+
+def test_advice_finds_a_trainer_inside_a_subgraph(training):
+    shown = training.evaluate(INSIDE)
+    assert shown == {"wrapper": True, "lines": 1, "text": "⚠ so be it "}
 
 
 def test_the_page_saw_no_error_of_a_script(page):

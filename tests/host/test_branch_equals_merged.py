@@ -1,7 +1,8 @@
 """The branch as trained against the host's own application of the saved adapters: weight by weight, and in bf16.
 
-``test_families_on_models`` compares the outputs of every family in float32. A bf16 model keeps the merged weight in bf16, which
-rounds the adapter away by up to 2⁻⁹ of the weight; where the host merges on the fly (partly unloaded) nothing is lost.
+``test_families_on_models`` compares the outputs of every model in float32. A bf16 model keeps the merged weight in
+bf16, which rounds the adapter away by up to 2⁻⁹ of the weight; where the host merges on the fly (partly unloaded)
+nothing is lost.
 """
 
 import comfy.lora

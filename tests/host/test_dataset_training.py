@@ -21,6 +21,7 @@ from lora_loom.training.dataset.model import CaptionOptions, Concept, ImageOptio
 from lora_loom.training.dataset.pixels import load
 from lora_loom.training.loop import Trainer, generator
 from lora_loom.training.settings import ObjectiveSettings, OptimizerSettings, Plan
+from tiny_text import tiny_qwen_clip
 from training import adapters_for, learners, opened
 
 PLAN = Plan(length=6, rank=2, alpha=2.0, batch_size=2, seed=3, learning_rate=1e-2)
@@ -179,6 +180,19 @@ def test_old_texts_go_when_their_budget_is_full(folder, parts, monkeypatch):
         if step < 300:
             with torch.inference_mode():
                 examples.prepare(step, lambda count: lambda: None)
+
+
+def test_the_budget_counts_captions_as_long_as_they_are(folder, parts, monkeypatch):
+    """Encoders of language models give as many vectors as there are tokens."""
+    clip, dataset = tiny_qwen_clip(inference=True), opened(folder, 64, 16)
+    words = ", ".join(f"word{index}" for index in range(60))
+    samples = [dataclasses.replace(sample, caption=words) for sample in dataset.samples]
+    varied = with_options(dataset.with_samples(samples), captions=CaptionOptions(shuffle=True))
+    [(context, _)] = host_examples.encode_captions(clip, [words]).values()
+    monkeypatch.setattr(host_examples, "TEXT_BUDGET", 80 * context.nbytes)
+    examples = prepared(varied, (parts[0], clip, parts[2]), steps=150)
+    assert sum(map(host_examples._size, examples._texts.values())) < 1.1 * host_examples.TEXT_BUDGET
+    assert len(examples._texts) > 70
 
 
 def test_long_captions_and_clip_skip_go_through_the_hosts_encoder(folder, parts):

@@ -81,6 +81,18 @@ def test_vectors_that_fit_no_encoder_are_told():
     assert sides(known.tokenize("odd")) == sides(clip.tokenize("odd"))
 
 
+def test_a_file_of_embeddings_alone_says_what_it_wants():
+    """Vectors without the name of an encoder are those of a lone one."""
+    nameless, model = {"emb_params": torch.randn(2, 64)}, tiny_model("sdxl")
+    with pytest.raises(ValueError, match="none of the 1 keys .* example emb_params.*: connect the CLIP, it holds"):
+        apply_lora(model, None, nameless, 1.0, 1.0)
+    with pytest.raises(ValueError, match="none of the 1 keys .* example emb_params.*: it was made for another family"):
+        apply_lora(model, CLIPS["sdxl"](inference=True), nameless, 1.0, 1.0)
+    _, known, applied = apply_lora(tiny_model("sd15"), CLIPS["sd15"](inference=True), nameless, 1.0, 1.0)
+    assert applied.words == ("embedding",)
+    assert len(vectors_in(known.tokenize("embedding, embedding:other")["l"])) == 2, "the other one is another's"
+
+
 @pytest.mark.parametrize("name", CLIPS)
 def test_words_begin_as_the_text_they_are_given(name):
     """As many vectors as every tokenizer has tokens: captions mean the same with the word as with its text."""
@@ -189,6 +201,16 @@ def test_without_the_model_only_the_text_is_trained_and_saved(pictures, what):
     assert result.lora and all(key.startswith(start) for key in result.lora)
     _, trained, _ = apply_lora(tiny_model("sd15"), clip, result.lora, 1.0, 1.0)
     assert not torch.equal(encoded(trained, "my_cat")[0], encoded(clip, "my_cat")[0])
+
+
+def test_captions_without_the_word_teach_it_nothing(tmp_path):
+    folder = images(tmp_path / "set", 3, 64, "my_cat")
+    for number in (0, 2):
+        (folder / f"{number}.txt").write_text("a hat")
+    only = {"train_model": False, "embeddings": WORDS.partition("\n")[0]}
+    result, _ = run(opened(folder, 64, 64), "rarely shown", 3, only)
+    assert result.finished and len(result.losses) == 3
+    assert "2 taught nothing because nothing that is trained had a part in them" in result.report
 
 
 def test_a_word_in_no_caption_is_refused_before_anything_is_encoded(pictures):

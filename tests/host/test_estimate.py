@@ -55,6 +55,26 @@ def test_the_estimate_is_within_30_per_cent(name, mode):
     assert found.weights == sum(value.nbytes for value in patcher.model.state_dict().values())
 
 
+def test_the_check_needs_no_more_than_the_steps_do():
+    """Parts of the loss are differentiated one after the other: preserving predictions needs hardly more memory."""
+    patcher = tiny.tiny("sd15")
+    adapters, samples = adapters_for(patcher, "attention", conv=False), samples_for("sd15", 2, side=16)
+    found, peaks = [], []
+    with borrow(patcher, adapters) as loan:
+        for preserved in (None, samples[3]):
+            trainer = trainer_for(HostDenoiser(loan), adapters, samples)
+            trainer.examples.one = Batch(samples[0], samples[3], preserved=preserved)
+            existing = [*loan.model.parameters(), *loan.model.buffers(), *trainer.parameters]
+            with LiveBytes(existing) as smoked:
+                smoke = check_gradients(trainer, {})
+            with LiveBytes(existing) as live:
+                trainer.step()
+            found.append(smoke.kept + smoke.block + smoke.away)
+            peaks.append((smoked.peak, live.peak))
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+    assert all(smoked < 1.1 * stepped for smoked, stepped in peaks), "trying out a step takes no more than a step"
+
+
 def test_what_lives_between_steps_is_exact():
     patcher = tiny.tiny("sd15")
     adapters, samples = adapters_for(patcher, "attention", conv=False), samples_for("sd15", 1, side=8)

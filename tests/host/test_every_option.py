@@ -234,7 +234,7 @@ def run(models, datasets, chosen: Case, values: dict[str, Any]):
         folder = Path(re.search(r"kept in (.*)", result.report)[1])
         kept = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
         names = [re.sub(r"events\.out.*|state-[^/]*|option \d+", "…", each) for each in kept]
-        report = re.sub(r"option \d+|[\d.]+ (m?s|min|h|steps/s|s/step|MiB|GiB|MB|GB)\b", "…", result.report)
+        report = re.sub(r"option \d+|[\d.]+ (m?s|min|h|s/step|steps/s)\b|[\d.]+ [MG]B are free", "…", result.report)
         _finished[key] = {key: value.clone() for key, value in result.lora.items()}, (report, names)
     return _finished[key]
 

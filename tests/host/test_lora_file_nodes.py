@@ -146,6 +146,40 @@ def test_what_is_refused(form, for_core, family, connected, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_a_file_that_core_reads_keeps_its_names(dialect, tmp_path):
+    patcher = tiny.tiny("sd15")
+    lora = lora_of(patcher, trained(patcher, "LoRA", {}), dialect)
+    for model in (None, patcher):
+        path, notes = saving.save(lora, tmp_path / "x.safetensors", saving.AS_IT_IS, saving.PLAIN, model, None)
+        written = load_tensors(path)
+        assert written.keys() == lora.keys() and written.metadata["loom.dialect"] == dialect and not notes
+
+
+def test_biases_that_others_cannot_scale_are_told(tmp_path):
+    patcher = tiny.tiny("sd15")
+    path = "diffusion_model.time_embed.0"
+    factors = torch.linspace(0.5, 2, patcher.model.get_submodule(path).out_features)[:, None]
+    given, place = LoraModel({f"{path}.ia3_l": factors}), tmp_path / "x.safetensors"
+    _, (_, note) = saving.save(given, place, saving.AS_IT_IS, saving.PLAIN, patcher, None)
+    assert note == "PEFT's (IA)³ scales the biases of its layers too, which are left as they are"
+
+
+def test_layers_in_parts_are_rewritten_too(tmp_path):
+    """Query, key and value with a DoRA each, which core misreads one by one."""
+    patcher = tiny.tiny("flux")
+    adapters = trained(patcher, "DoRA", {"dora": "output"}, every=1)
+    adapters = {path: adapter for path, adapter in adapters.items() if "qkv" in path}
+    lora, place = lora_of(patcher, adapters, "diffusers"), tmp_path / "x.safetensors"
+    saving.save(lora, place, saving.AS_IT_IS, saving.PLAIN, patcher, None)
+    made, state = by_core(patcher, load_tensors(place), 0.5), patcher.model.state_dict()
+    assert made.keys() == adapters.keys() and adapters
+    for path, adapter in adapters.items():
+        weight = state[f"{path}.weight"].float()
+        wanted = adapter.merged(weight, 0.5)
+        assert (made[path] - wanted).norm() <= 1e-4 * (wanted - weight).norm(), path
+
+
 def test_text_encoders_need_the_clip(tmp_path):
     clip = tiny.tiny_clip()
     table = NameTable.of(clip.cond_stage_model)

@@ -188,7 +188,8 @@ def test_the_trainers_own_loss_equals_diffusers(kind):
     x0, _, conditioning = samples("sd15", 3)
     plan = Plan(seed=11, objective=ObjectiveSettings(timesteps="uniform"))
     with borrow(as_set_by_node(patcher, kind, False), adapters) as loan:
-        trainer = Trainer(learners(adapters, plan), HostDenoiser(loan), Fixed(Batch(x0, conditioning)), plan, total_steps=10)
+        examples = Fixed(Batch(x0, conditioning))
+        trainer = Trainer(learners(adapters, plan), HostDenoiser(loan), examples, plan, total_steps=10)
         losses = [trainer.loss(position).item() for position in range(3)]
     for position, got in enumerate(losses):
         drawn = torch.rand(3, generator=generator(11, "timestep", position), dtype=torch.float64)

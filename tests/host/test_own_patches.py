@@ -10,10 +10,11 @@ import tiny
 from lora_loom.host.apply import apply_lora
 from lora_loom.host.own_patches import own_patches
 from lora_loom.kernels.adapter import Options
+from lora_loom.kernels.compose import Sum
 from lora_loom.kernels.dora import DoRA
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.names import NameTable
-from lora_loom.kernels.reading import LoRAFile
+from lora_loom.kernels.reading import LoRAFile, read_lora
 from lora_loom.kernels.registry import FAMILIES, make_adapter
 from lora_loom.kernels.writing import to_tensors
 from lora_loom.training.settings import ALGORITHMS
@@ -93,6 +94,34 @@ def test_text_encoders():
     key = f"{path}.weight"
     got = calculate_weight(with_it.patcher.patches[key], weight.float(), key)
     torch.testing.assert_close(got, adapter.merged(weight.float(), 0.5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, options, dialect",
+    [
+        ("LoRA", {"dora": "output"}, "diffusers"),
+        ("LoRA", {"dora": "output"}, "lycoris"),
+        ("LoRA", {"dora": "output"}, "peft"),
+        ("IA3", {}, "lycoris"),
+        ("OFTv2", {}, "peft"),
+    ],
+)
+def test_fused_layers_that_a_file_has_in_parts(family, options, dialect):
+    """Query, key and value each with an adapter of its own: together what the host would misread one by one."""
+    patcher = tiny.tiny("flux")
+    state = {key: weight.clone() for key, weight in patcher.model.state_dict().items()}
+    names, adapters = NameTable.of(patcher.model), {}
+    for number, target in enumerate(select_targets(patcher.model, "attention", False)):
+        weight = state[f"{target.path}.weight"]
+        adapters[target.path] = random_adapter(family, target.shape, options, weight, number)
+    lora = to_tensors(LoRAFile(adapters, names=names), dialect)
+    assert any(isinstance(adapter, Sum) for adapter in read_lora(lora, names).adapters.values())
+    model, _, applied = apply_lora(patcher, None, lora, 0.7, 1.0)
+    assert not applied.unplaced
+    for path, adapter in adapters.items():
+        weight = state[f"{path}.weight"]
+        wanted = adapter.merged(weight, 0.7)
+        assert (weight_in(model, f"{path}.weight") - wanted).norm() <= 1e-4 * (wanted - weight).norm(), path
 
 
 def test_peft_scales_biases_too():

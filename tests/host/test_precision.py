@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from lora_loom.host.denoiser import HostDenoiser
-from lora_loom.host.precision import check_dtype, compute_dtype
+from lora_loom.host.precision import check_dtype, compute_dtype, host_dtype
 from lora_loom.training.loop import Batch, Trainer
 from lora_loom.training.options import OptionError
 from lora_loom.training.settings import Plan
@@ -72,6 +72,15 @@ def test_automatic_is_the_hosts_own_choice():
     assert compute_dtype("automatic", patcher) is None and compute_dtype("bf16", patcher) is None
     assert compute_dtype("fp32", patcher) is torch.float32 and compute_dtype("fp16", patcher) is torch.float16
     assert step(patcher, "sd15", None)[2] == {torch.bfloat16}
+
+
+def test_the_host_s_choice_may_be_that_of_a_node():
+    """ModelComputeDtype hangs on the patcher until the model is loaded."""
+    patcher = tiny.tiny("sd15", inference=True).clone()
+    assert host_dtype(patcher) == torch.float32
+    patcher.set_model_compute_dtype(torch.float16)
+    assert host_dtype(patcher) == torch.float16 and compute_dtype("fp16", patcher) is None
+    assert compute_dtype("fp32", patcher) == torch.float32
 
 
 def test_what_a_device_cannot_compute_in_is_refused():

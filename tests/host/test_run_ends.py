@@ -4,16 +4,19 @@ import fcntl
 import os
 import signal
 import time
+import weakref
 
+import comfy.model_management
 import pytest
 import torch
 
 from graph import images
 from lora_loom.host import session as sessions
+from lora_loom.host.record import Request
 from lora_loom.host.runs import Run, RunError
 from lora_loom.training.loop import Batch, Trainer, TrainingDivergedError
 from lora_loom.training.runstate import find_state
-from small_runs import NAMES, PLAN, RUNS, alike, files, holding_out_the_last, lora, plan, run
+from small_runs import NAMES, PLAN, RUNS, alike, files, holding_out_the_last, lora, parts, plan, run
 from training import opened
 
 
@@ -61,6 +64,27 @@ def test_a_loss_that_is_no_number_from_the_start_leaves_nothing(plain, monkeypat
     with pytest.raises(TrainingDivergedError, match=r"^step 1: the loss is nan\. Lower learning_rate"):
         run(plain, plan(run={"smoke_test": False}), name)
     assert not (RUNS / name).exists()
+
+
+def test_what_a_failed_step_held_is_let_go_before_it_is_saved(plain, monkeypatch):
+    step, state, held = Trainer.step, Trainer.state, []
+
+    def failing(self):
+        if self.step_number < 2:
+            return step(self)
+        activations = self.loss(0)
+        activations.backward()
+        held.append(weakref.ref(activations))
+        raise MemoryError("no more")
+
+    def watched(self):
+        assert held[0]() is None and all(tensor.grad is None for tensor in self.parameters)
+        return state(self)
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    monkeypatch.setattr(Trainer, "state", watched)
+    with pytest.raises(MemoryError, match="no more\n\nthe run is saved after step 2; queue again to go on"):
+        run(plain)
 
 
 def test_weights_that_are_thrown_out_of_range_by_the_last_step_are_not_kept(plain, monkeypatch):
@@ -131,9 +155,34 @@ def test_a_full_disk_is_told_and_the_old_state_stays(plain, monkeypatch):
         write(self, step, tensors, facts)
 
     monkeypatch.setattr(Run, "keep_state", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left(?s:.)*learned since step 2 could not be saved") as caught:
         run(plain, plan(run={"save_every": 2}), name)
-    assert find_state(RUNS / name).step == 2
+    assert caught.value.errno == 28 and find_state(RUNS / name).step == 2
+
+
+def test_a_last_save_that_fails_is_tried_again_and_told(plain, monkeypatch):
+    name, write, failed = next(NAMES), Run.keep_state, []
+
+    def locked_once(self, step, tensors, facts):
+        if not failed:
+            failed.append(step)
+            raise PermissionError(13, "Permission denied", str(self.folder))
+        write(self, step, tensors, facts)
+
+    monkeypatch.setattr(Run, "keep_state", locked_once)
+    with pytest.raises(PermissionError, match="Permission denied(?s:.)*the run is saved after step 3"):
+        run(plain, plan(length=3), name)
+    assert failed == [3] and find_state(RUNS / name).step == 3
+
+
+def test_what_could_not_be_kept_is_told_whatever_stood_in_the_way(plain, monkeypatch):
+    def no_memory(self):
+        raise RuntimeError("no memory for a copy")
+
+    monkeypatch.setattr(Trainer, "state", no_memory)
+    failing(monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(torch.OutOfMemoryError, match="since step 0 could not be saved: no memory for a copy"):
+        run(plain)
 
 
 def test_an_error_before_anything_was_learned_leaves_nothing(plain, monkeypatch):
@@ -142,6 +191,56 @@ def test_an_error_before_anything_was_learned_leaves_nothing(plain, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
         run(plain, PLAN, name)
     assert not (RUNS / name).exists()
+
+
+class Shown:
+    """Previews at the end, of which the last ends like this."""
+
+    every = 100
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, run, step, lora):
+        raise self.error
+
+
+def previewed(dataset, name, error, **options):
+    with torch.inference_mode():
+        return sessions.train(Request(*parts(), dataset, plan(**options), name, previews=Shown(error)))
+
+
+def test_a_last_preview_that_fails_says_that_the_run_is_complete(plain):
+    name = next(NAMES)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.\n\nthe preview failed, the run is complete: .*safetensors"):
+        previewed(plain, name, torch.OutOfMemoryError("CUDA out of memory."), length=2)
+    assert find_state(RUNS / name).facts["complete"]
+
+
+def test_a_last_preview_that_is_cancelled_keeps_nobody_waiting(plain):
+    stop = comfy.model_management.InterruptProcessingException()
+    result = previewed(plain, next(NAMES), stop, length=2, run={"on_cancel": "stop and keep"})
+    assert result.finished and "the last preview was stopped by you" in result.report
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        previewed(plain, next(NAMES), stop, length=2)
+
+
+def test_a_cancel_while_encoding_hands_on_what_an_earlier_session_learned(plain, monkeypatch):
+    name, keeping_it = next(NAMES), {"on_cancel": "stop and keep"}
+    first = run(plain, plan(length=2, run=keeping_it), name)
+
+    def cancelled(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.HostExamples, "prepare", cancelled)
+        stopped = run(plain, plan(length=4, run=keeping_it), name)
+        assert not stopped.finished and alike(stopped.lora, first.lora)
+        assert "stopped by you after 2 of 4 steps; queue again to go on" in stopped.report
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(plain, plan(run=keeping_it), other := next(NAMES))
+    assert not (RUNS / other).exists(), "nothing had been learned"
+    assert alike(run(plain, plan(length=4), name).lora, run(plain, plan(length=4)).lora)
 
 
 # ---------------------------------------------------------------- the folder

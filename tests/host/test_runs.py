@@ -1,10 +1,13 @@
 """What a run keeps on the way, how it goes on when it is made longer, and what it measures."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from graph import images
 from lora_loom.host.runs import RunError
+from lora_loom.kernels.safetensors_io import read_metadata
 from lora_loom.training.continuing import RULES
 from lora_loom.training.loop import Trainer
 from lora_loom.training.options import OptionError
@@ -176,6 +179,13 @@ def test_what_is_saved_of_a_schedule_free_run_are_the_weights_to_look_at(plain):
     assert not any(torch.equal(one, two) for one in trained for two in saved if one.shape == two.shape)
 
 
+def test_only_loras_of_steps_are_counted_as_such(plain):
+    result = run(plain, plan(length=1, run={"ema_decay": 0.5}), "two-step dance")
+    assert "on the way" not in result.report
+    result = run(plain, plan(length=3, run={"save_every": 1}), "three-step dance")
+    assert "with the LoRAs of 2 steps on the way" in result.report
+
+
 # ---------------------------------------------------------------- measured
 
 
@@ -234,6 +244,49 @@ def test_a_run_that_no_longer_gets_better_ends_early(dataset):
     assert "the run had ended: the validation loss has not fallen" in again.report
     on = run(dataset, plan(length=len(result.losses) + 2, learning_rate=1.0, run={"validate_every": 1}), name)
     assert len(on.losses) == len(result.losses) + 2
+
+
+def test_a_run_that_reaches_its_length_did_not_end_early(dataset):
+    options = plan(length=1, learning_rate=1.0, run={"validate_every": 1, "early_stop": 1})
+    [(_, before), (_, after)] = [(e["step"], e["mean"]) for e in log(only(dataset, options)) if "mean" in e]
+    assert after > before, "the one measurement made is a worse one"
+    report = run(dataset, options).report
+    assert "1 of 1 steps" in report and "ended early" not in report
+
+
+def only(dataset, options):
+    name = next(NAMES)
+    run(dataset, options, name)
+    return name
+
+
+def test_the_file_of_the_best_is_that_of_the_step_which_the_report_names(dataset):
+    name, options = next(NAMES), {"validate_every": 1, "keep_best": True}
+    slow = {"learning_rate": 1e-3}
+    first = run(dataset, plan(length=2, run=options, **slow), name)
+    [best] = [line for line in first.report.splitlines() if line.startswith("the best on held-out")]
+    off = run(dataset, plan(length=6, run={"validate_every": 1}, **slow), name)
+    assert "the best on held-out" not in off.report, "it was not looked for"
+    at = read_metadata(RUNS / name / f"{name}-best.safetensors")["ss_steps"]
+    assert f"of step {at}:" in best
+    on = run(dataset, plan(length=7, run=options, **slow), name).report
+    at = read_metadata(RUNS / name / f"{name}-best.safetensors")["ss_steps"]
+    assert f"the best on held-out pictures, of step {at}:" in on
+
+
+@pytest.mark.parametrize("change", ["seed", "dataset", "nothing"])
+def test_measurements_that_cannot_be_compared_begin_anew(dataset, plain, change):
+    """Another seed is other noise, another data set may be other pictures."""
+    name, options = next(NAMES), {"validate_every": 1, "keep_best": True}
+    run(dataset, plan(length=2, run=options), name)
+    other = dataset
+    if change == "dataset":
+        swapped = [dataclasses.replace(s, concept=int(i == 0)) for i, s in enumerate(dataset.samples)]
+        other = dataclasses.replace(dataset, samples=tuple(swapped))
+    report = run(other, plan(length=3, run=options, **({"seed": 9} if change == "seed" else {})), name).report
+    [curve] = [line for line in report.splitlines() if line.startswith("validation loss")]
+    assert ("(step 0)" in curve) == (change == "nothing") and "(step 2)" in curve and "(step 3)" in curve
+    assert ("measured anew" in report) == (change != "nothing")
 
 
 def test_the_loss_is_told_by_timestep(plain):

@@ -199,6 +199,18 @@ def test_no_memory_for_a_step_says_what_to_do(monkeypatch):
         check("sd15")
 
 
+@pytest.mark.parametrize("said", ("MPS backend out of memory (MPS allocated: 1 GB)", "CUDA error: out of memory",
+                                  "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."))
+def test_no_memory_is_not_a_broken_model_on_any_device(monkeypatch, said):
+    def full(*args, **kwargs):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", full)
+    with pytest.raises(RuntimeError, match="Before the first step: .*gradient_checkpointing.*batch_size") as caught:
+        check("sd15")
+    assert not isinstance(caught.value, GradientError) and str(caught.value).startswith(said)
+
+
 class Scaled(Detached):
     """The right value with a gradient that is too small."""
 

@@ -274,6 +274,16 @@ def test_length_counts_units(graph, unit, length, steps):
     assert len(kept["loss_map"]["loss"]) == steps
 
 
+def test_options_are_also_told_in_the_words_of_other_trainers(graph):
+    options = {"loss": "Huber", "huber_c": 0.2, "min_snr_gamma": 5.0, "noise_offset": 0.05}
+    settings = dict(timesteps="uniform", logit_mean=0.0, logit_std=1.0, **options)
+    more = {"7": node("LoomObjectiveSettings", **settings)}
+    metadata = train(graph, run_name="words", length=1, more=more, objective=["7", 0])["lora"].metadata
+    told = {name: metadata[f"ss_{name}"] for name in ("loss_type", "huber_c", "huber_schedule", "min_snr_gamma")}
+    assert told == {"loss_type": "huber", "huber_c": "0.2", "huber_schedule": "snr", "min_snr_gamma": "5.0"}
+    assert metadata["ss_noise_offset"] == "0.05" and "ss_zero_terminal_snr" not in metadata
+
+
 def test_previews_are_kept_in_the_run_folder(graph):
     train(graph, run_name="pictures", **with_preview())
     sheets = sorted((run_folder("pictures") / "previews").iterdir())

@@ -94,6 +94,7 @@ def test_names(blocks, text, wanted):
         (UNET, "IN4-12", "there is no number 12"),
         (UNET, "M01", "there is no number 1, expected 0"),
         (UNET, "IN8-4", "ends before it begins"),
+        (UNET, "IN12-", r"'IN12-': there is no number 12, expected 0 to 11"),
         (UNET, "IN4-OUT8", "begins in one group of blocks and ends in another"),
         (UNET, "double.3", r"there is no block 'double\.3'; this model has"),
         (UNET, "ouput_blocks.3", r"'ouput_blocks\.3', do you mean 'output_blocks\.3'"),

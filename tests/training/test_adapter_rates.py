@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import run_host
+from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.dora import DoRA
+from lora_loom.kernels.lora import LoRA
 from lora_loom.kernels.registry import FAMILIES
 from lora_loom.training.adapters import build
 from lora_loom.training.learners import Component, groups
@@ -96,6 +98,17 @@ def test_norms_are_bounded_after_every_step(settings):
         assert all(adapter.norm().item() <= 0.02 * (1 + 1e-5) for adapter in bound.adapters)
     assert any(adapter.norm().item() > 0.04 for adapter in free.adapters)
     assert any(adapter.norm().item() > 0.019 for adapter in bound.adapters), "shrunk no further than asked"
+
+
+def test_a_component_that_has_stopped_is_not_shrunk():
+    trainer = started(max_norm=0.02)
+    adapter = LoRA.create((8, 8), Options(2, 2.0), torch.Generator())
+    torch.nn.init.ones_(adapter.up)
+    kept = {name: tensor.clone() for name, tensor in adapter.tensors.items()}
+    trainer.components.append(Component("te1", {"layer": adapter}, 0.1, stop_after=2))
+    trainer.step_number = 2
+    trainer.step()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter.tensors.items())
 
 
 def test_loraplus_is_grouped_as_peft_does_it():

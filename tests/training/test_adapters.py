@@ -1,5 +1,6 @@
 """From settings to adapters: every option changes what is built, or is refused."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from lora_loom.kernels.dora import DoRA
 from lora_loom.kernels.registry import FAMILIES
 from lora_loom.training.adapters import build
 from lora_loom.training.options import OptionError
-from lora_loom.training.settings import ALGORITHMS, AdapterSettings, Plan
+from lora_loom.training.settings import ALGORITHMS, AdapterSettings, ComponentSettings, Plan
 
 SPATIAL = {"layers": "full", "conv_rank": 3}
 
@@ -266,8 +267,8 @@ def test_block_lines():
 
 
 def test_later_lines_win():
-    result = built(blocks="all: off\nIN1: rank=2\nIN1: rank=3")
-    assert {adapter.rank for adapter in result.adapters.values()} == {3} and len(result.adapters) == 5
+    result = built(blocks="all: off\nIN1-2: rank=2, alpha=1\nIN1: rank=3\nIN2: off")
+    assert {(a.rank, a.alpha) for a in result.adapters.values()} == {(3, 1.0)} and len(result.adapters) == 5
 
 
 def test_convolutions_of_single_blocks():
@@ -296,6 +297,9 @@ def test_convolutions_of_single_blocks():
         ("base: rank=4", r"none of the layers that are trained lies there"),
         ("IN1: conv_alpha=4", "conv_alpha has no effect, no k×k convolutions are trained there"),
         ("all: off", "blocks switches off every layer"),
+        ("IN1: rank=8\nin: off", r"blocks line 1 \('IN1: rank=8'\) has no effect: later lines .*put it behind them"),
+        ("IN1: off\nin: rank=8", r"blocks line 1 \('IN1: off'\) has no effect"),
+        ("IN1: lr=0.5\nIN2: lr=3\nin: lr=2 rank=8", r"blocks line 1 \('IN1: lr=0.5'\) has no effect"),
         ("IN1: rank=4\n" * 501, "501 lines, expected at most 500"),
     ],
 )
@@ -322,3 +326,33 @@ def test_text_encoders_take_what_makes_sense_there():
     result = built(component="te1", **settings)
     assert paths(result) == paths(built()) and {adapter.rank for adapter in result.adapters.values()} == {4}
     assert "LoRA on te1: 20 layers of rank 4" in result.notes[0]
+
+
+def test_what_the_model_has_use_for_need_not_do_anything_to_a_text_encoder():
+    """Nor the other way round: without the model, what is for it alone is refused."""
+    settings = {"algorithm": "LoKr", "full_matrix": True, "layer_filter": "attn", "rank": 24}
+    plan = Plan(rank=settings.pop("rank"), adapter=AdapterSettings(**settings))
+    with pytest.raises(OptionError, match="full_matrix is True, expected False: it has no effect here, it is full"):
+        build(MODEL, plan, weight_of)
+    assert build(MODEL, plan, weight_of, "te1").adapters
+    alone = dataclasses.replace(plan, components=ComponentSettings(train_model=False, te1_learning_rate=1e-5))
+    with pytest.raises(OptionError, match="layer_filter is 'attn', expected ''.*train_model is off"):
+        build(MODEL, alone, weight_of, "te1")
+
+
+@pytest.mark.parametrize(
+    "settings, option",
+    [
+        ({"layers": "conv"}, "layers"),
+        ({"layers": "custom", "layer_filter": "attn"}, "layer_filter"),
+        ({"blocks": "mid: off"}, "blocks"),
+        ({"conv_rank": 4}, "conv_rank"),
+        ({"conv_alpha": 2.0}, "conv_alpha"),
+        ({"tucker": True}, "tucker"),
+    ],
+)
+def test_what_is_for_the_model_alone(settings, option):
+    text = ComponentSettings(train_model=False, te1_learning_rate=1e-5)
+    plan = Plan(rank=4, adapter=AdapterSettings(**settings), components=text)
+    with pytest.raises(OptionError, match=f"^{option} is .*no effect here, .*train_model is off"):
+        build(MODEL, plan, weight_of, "te1")

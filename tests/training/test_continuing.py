@@ -122,6 +122,17 @@ def test_otherwise_a_new_schedule_begins_at_the_joint_and_stays_on_a_second_resu
     assert new and third[-1] == Segment(16, 4, 1.0)
 
 
+def test_a_warm_up_that_the_rest_of_the_run_has_no_room_for_is_refused():
+    options = settings(warmup_steps=5)
+    first = first_segment(options, 10, 1.0)
+    with pytest.raises(OptionError, match="^warmup_steps is 5 steps, expected at most the 4 of the rest of the run, "):
+        next_segments(options, 14, 1.0, [first], 10, False)
+    assert next_segments(options, 15, 1.0, [first], 10, False)[1]
+    falling = settings(schedule="warm-up-stable-decay", decay_steps=5)
+    with pytest.raises(OptionError, match="^decay_steps is 5 steps, expected at most 4: the rest of the run, .* has 4"):
+        next_segments(falling, 14, 1.0, [first], 10, True)
+
+
 def test_a_shorter_run_and_other_options_begin_a_new_schedule():
     options = settings()
     first = first_segment(options, 100, 1.0)

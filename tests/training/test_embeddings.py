@@ -57,6 +57,13 @@ def test_whole_words_are_found_and_nothing_else():
     assert found.findall(text) == ["cat", "a_cat", "cat-2", "cat", "cat"]
 
 
+def test_a_word_called_embedding_leaves_other_embeddings_alone():
+    """So files are read whose vectors have no name."""
+    text = "embedding, embedding:other embedding:embedding (embedding:1.2) embedding:cat"
+    hits = [hit[0] for hit in pattern(["embedding", "cat"]).finditer(text)]
+    assert hits == ["embedding", "embedding:embedding", "embedding", "embedding:cat"]
+
+
 def test_a_word_that_no_caption_shows_is_refused():
     words = parse("my_cat: 1 cat\nmy_dog: 1 dog")
     check_used(words, ["my_dogs", "a my_dog", "my_cat", "never looked at"])

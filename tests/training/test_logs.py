@@ -49,6 +49,11 @@ def test_a_run_that_goes_on_drops_what_it_makes_again(tmp_path):
     with Log(tmp_path, 0, False) as log:
         log.after(report(1), 0.1)
     assert len(lines(tmp_path)) == 1, "a run that begins anew begins its log anew"
+    for _ in range(2):
+        with Log(tmp_path, 0, False) as log:
+            log.validation(0, {0.5: 1.0})
+            log.after(report(1), 0.1)
+        assert [line["step"] for line in lines(tmp_path)] == [0, 1], "and its first measurement"
 
 
 def test_a_log_that_is_not_written_to_is_left_alone(tmp_path):

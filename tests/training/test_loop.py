@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_loom.kernels.adapter import Options
+from lora_loom.kernels.adapter import Dropout, Options
 from lora_loom.kernels.lora import LoRA
 from lora_loom.training.learners import Component
 from lora_loom.training.loop import Batch, Trainer, TrainingDivergedError, generator
@@ -281,6 +281,34 @@ def test_half_precision_skips_a_step_that_overflowed():
     layer.weight = usual
     assert not trainer.step().skipped
     assert not same(weights(trainer), before)
+
+
+def test_half_precision_that_never_stops_overflowing_ends_the_run():
+    trainer = start(half=True, total=200)
+    run(trainer, 2)
+    kept, layer = weights(trainer), trainer.denoiser.layers[1]
+
+    @contextmanager
+    def overflowing(like):
+        yield layer.matrix * math.inf
+
+    layer.weight = overflowing
+    with pytest.raises(TrainingDivergedError, match="the gradient norm is .*bf16 or fp32"):
+        run(trainer, 198)
+    assert same(weights(trainer), kept) and trainer.step_number > 20
+
+
+@pytest.mark.parametrize("half", (False, True), ids=("fp32", "fp16"))
+def test_steps_in_which_nothing_that_is_trained_has_a_part_change_nothing(half):
+    trainer = start(half=half, gradient_accumulation=2)
+    for adapter in trainer.adapters:
+        adapter.dropout = Dropout(module=0.7)
+    norms, before = [], weights(trainer)
+    while not trainer.finished:
+        norms.append(trainer.step().gradient_norm)
+        assert same(weights(trainer), before) == (norms[-1] == 0)
+        before = weights(trainer)
+    assert 0 in norms and any(norms)
 
 
 def test_half_precision_resumes_with_its_scale():

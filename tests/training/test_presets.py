@@ -47,15 +47,15 @@ def test_the_guides_presets_say_what_the_guide_says():
 
 
 def test_what_is_given_wins_and_is_told():
-    style = PRESETS["style"]
-    plain = settings("adapter", style, {})
-    assert (plain.layers, plain.conv_rank, plain.preset) == ("full", 16, "style")
-    changed = settings("adapter", style, {"conv_rank": 4})
-    assert (changed.layers, changed.conv_rank, changed.preset) == ("full", 4, "style, changed")
+    guide = PRESETS["guide: Adam"]
+    plain = settings("adapter", guide, {})
+    assert (plain.layers, plain.conv_rank, plain.preset) == ("full", 16, "guide: Adam")
+    changed = settings("adapter", guide, {"conv_rank": 4})
+    assert (changed.layers, changed.conv_rank, changed.preset) == ("full", 4, "guide: Adam, changed")
     assert settings("adapter", None, {"conv_rank": 4}).preset == ""
     same = {name: getattr(plain, name) for name in options_of(AdapterSettings)}
-    assert settings("adapter", style, same) == plain
-    assert label("trainer", style, {"rank": 32, "seed": 7}) == "style"  # a seed belongs to no preset
+    assert settings("adapter", guide, same) == plain
+    assert label("trainer", guide, {"rank": 32, "seed": 7}) == "guide: Adam"  # a seed belongs to no preset
 
 
 def test_a_preset_survives_its_file():
@@ -92,6 +92,8 @@ def test_the_recipe_of_a_run_is_a_preset():
         ('{"version": 1, "parts": {"trainer": {"rank": "many"}}}', "rank is 'many'"),
         ('{"version": 1, "parts": {"trainer": {"rank": true}}}', "rank is True"),
         ('{"version": 1, "parts": {"objective": {"loss": "L7"}}}', "loss is 'L7'"),
+        ('{"version": 1, "parts": {"trainer": {"rank": 1%s}}}' % ("0" * 400), "too large"),
+        ('{"version": 1, "parts": {"trainer": 3}}', "trainer is 3"),
         ('{"version": 1, "parts": 3}', "int"),
         ('{"version": 1}', "parts"),
         ("[" * 100000, "recursion"),

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from lora_loom.training.dataset.batches import BatchPlan
 from lora_loom.training.dataset.lint_rules import RULES
 from lora_loom.training.dataset.model import Concept, Dataset, GraphPicture, ImageOptions, Sample
 from lora_loom.training.options import options_of
@@ -23,13 +24,15 @@ def dataset(concepts=1, images=20, held_out=1, side=512, flip=False):
         for index in range(concepts)
     ]
     validation = dataclasses.replace(kinds[0], name="held out", kind="validation")
-    picture = GraphPicture(torch.zeros(8, 8, 3))
     samples = [
-        Sample(f"{index}/{number}", picture, "word", concept=index)
+        Sample(f"{index}/{number}", GraphPicture(torch.zeros(8, 8, 3)), "word", concept=index)
         for index in range(concepts)
         for number in range(images)
     ]
-    samples += [Sample(f"held/{number}", picture, "word", concept=concepts) for number in range(held_out)]
+    samples += [
+        Sample(f"held/{number}", GraphPicture(torch.zeros(8, 8, 3)), "word", concept=concepts)
+        for number in range(held_out)
+    ]
     return Dataset("test", tuple(kinds) + (validation,), tuple(samples))
 
 
@@ -79,7 +82,7 @@ FIRES = {
     "L041": dict(chosen=plan(**{"objective.min_snr_gamma": 0.5, "objective.debiased": True})),
     "L042": dict(chosen=plan(**{"objective.noise_offset": 0.3})),
     "L043": dict(chosen=plan(**{"adapter.max_norm": 0.1})),
-    "L050": dict(chosen=plan(**{"components.te1_learning_rate": 1e-4, "components.te1_stop_after": 100})),
+    "L050": dict(chosen=plan(**{"components.te1_learning_rate": 2e-4, "components.te1_stop_after": 100})),
     "L051": dict(chosen=plan(**{"components.te2_learning_rate": 1e-5})),
     "L060": dict(chosen=plan(**{"run.save_every": 0})),
     "L061": dict(data=dataset(held_out=0)),
@@ -88,7 +91,7 @@ FIRES = {
 
 
 def test_a_sound_run_has_no_findings():
-    assert checked(native=512, flow=True) == [] and checked(native=512) == []
+    assert checked(native=512, noise=False) == [] and checked(native=512) == []
 
 
 def test_every_rule_has_a_case():
@@ -124,15 +127,81 @@ def test_the_most_serious_comes_first():
     assert levels == sorted(levels, key=("error", "warn", "info").index) and len(set(levels)) == 3
 
 
+def presentations(chosen, data, steps):
+    return facts(chosen, BatchPlan(data, chosen.batch_size, chosen.seed), steps).presentations
+
+
 def test_presentations_count_batches_accumulation_and_regularisation():
     chosen = plan(batch_size=2, **{"optimizer.gradient_accumulation": 3})
     data = dataset(images=12)
-    assert facts(chosen, data, 100).presentations == 100 * 3 * 2 / 12
+    assert presentations(chosen, data, 100) == 100 * 3 * 2 / 12
     regularised = dataclasses.replace(
-        data, concepts=(*data.concepts, Concept(name="class", kind="regularisation")),
-        samples=(*data.samples, Sample("class/1", data.samples[0].picture, "cat", concept=2)),
+        data, concepts=(*data.concepts, Concept("class", "regularisation", resolutions=((512, 512),))),
+        samples=(*data.samples, *(dataclasses.replace(s, id=f"class/{s.id}", concept=2) for s in data.samples[:12])),
     )  # fmt: skip
-    assert facts(chosen, regularised, 100).presentations == 100 * 3 * 2 / 12 / 2
+    assert presentations(chosen, regularised, 100) == 100 * 3 * 2 / 12 / 2
+
+
+def test_batches_that_are_not_full_show_less():
+    """Three pictures, no two of a shape, and a batch size of four: each batch shows one."""
+    data = dataset(images=3, held_out=0)
+    shapes = [GraphPicture(torch.zeros(height, width, 3)) for height, width in ((8, 8), (8, 16), (16, 8))]
+    samples = (dataclasses.replace(s, picture=shape) for s, shape in zip(data.samples, shapes, strict=True))
+    assert presentations(plan(batch_size=4), dataclasses.replace(data, samples=tuple(samples)), 30) == 10
+
+
+QUIET = {  # what would be wrong advice: the options, and the rule that says nothing of them
+    "SGD wants far higher rates": (dict(learning_rate=1.0, **{"optimizer.optimizer": "SGD"}), "L005"),
+    "nobody knows what a package's optimizer wants": (
+        {"learning_rate": 1.0, "optimizer.optimizer": "pytorch_optimizer", "optimizer.optimizer_name": "prodigy"},
+        "L005",
+    ),
+    "averages go with a constant rate": (
+        {"optimizer.optimizer": "AdamWScheduleFree", "optimizer.schedule": "constant"},
+        "L007",
+    ),
+    "averages like higher rates": (
+        {"learning_rate": 5e-3, "optimizer.optimizer": "AdamWScheduleFree", "optimizer.schedule": "constant"},
+        "L006",
+    ),
+    "one rate for everything": (
+        {"learning_rate": 1.0, "optimizer.optimizer": "Prodigy", "components.te1_learning_rate": 1.0},
+        "L050",
+    ),
+    "no alpha to set": ({"learning_rate": 1.0, "optimizer.optimizer": "Prodigy", "adapter.algorithm": "IA3"}, "L003"),
+    "no ranks to set": ({"adapter.algorithm": "OFT", "adapter.conv_rank": 32}, "L014"),
+    "nor to lower": ({"adapter.algorithm": "OFT", "adapter.conv_rank": 128}, "L012"),
+    "one advice at a time": ({"adapter.conv_rank": 128}, "L014"),
+    "decoupled unless told otherwise": (
+        {"optimizer.optimizer": "Prodigy", "optimizer.weight_decay": 0.1, "optimizer.beta2": 0.99},
+        "L004",
+    ),
+    "written out": (
+        {"optimizer.optimizer": "Prodigy", "optimizer.optimizer_args": "betas=0.9,0.95 weight_decay=0.0"},
+        "L004",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_a_rule_says_nothing_where_it_would_be_wrong(case):
+    options, rule = QUIET[case]
+    assert rule not in {finding.rule for finding in checked(plan(**options))}
+
+
+def test_v_prediction_is_told_nothing_of_noise_prediction():
+    assert "L040" not in {finding.rule for finding in checked(plan(**{"objective.min_snr_gamma": 5.0}), noise=False)}
+
+
+def test_a_decoupling_that_is_switched_off_is_told():
+    off = plan(**{"optimizer.optimizer": "Prodigy", "optimizer.optimizer_args": "d_coef=2 decouple=False"})
+    [finding] = [finding for finding in checked(off) if finding.rule == "L004"]
+    assert finding.changes[0].value == "d_coef=2 decouple=True"
+
+
+def test_a_warm_up_is_too_long_for_every_optimizer():
+    chosen = plan(**{"optimizer.optimizer": "Prodigy", "optimizer.warmup_steps": 900})
+    assert "L062" in {finding.rule for finding in checked(chosen)}
 
 
 def test_a_style_is_shown_less_often():

@@ -7,6 +7,7 @@ import pytest
 
 from lora_loom.training.settings import (
     AdapterSettings,
+    ComponentSettings,
     ObjectiveSettings,
     OptimizerSettings,
     Plan,
@@ -26,6 +27,7 @@ from lora_loom.training.settings import (
         (Plan, "batch_size", 0),
         (AdapterSettings, "conv_rank", -1),
         (AdapterSettings, "conv_alpha", math.inf),
+        (AdapterSettings, "conv_alpha", 0.0),
         (OptimizerSettings, "optimizer", "Adam2"),
         *((OptimizerSettings, "weight_decay", value) for value in (-0.1, math.nan)),
         *((OptimizerSettings, "beta1", value) for value in (-0.1, 1.0, math.nan)),
@@ -45,6 +47,25 @@ from lora_loom.training.settings import (
 def test_a_senseless_option_is_named(kind, option, value):
     with pytest.raises(ValueError, match=rf"^{option} is .*expected "):
         kind(**{option: value})
+
+
+@pytest.mark.parametrize(
+    "bound, error",
+    (
+        ({"adapter": AdapterSettings(max_norm=1.0)}, "^max_norm is 1.0, expected 0: .* AdamW$"),
+        (
+            {"components": ComponentSettings(embeddings="my_cat: 1 cat", preserve_embedding_norm=True)},
+            "^preserve_embedding_norm is True, expected False: .* AdamW$",
+        ),
+    ),
+)
+def test_a_bound_that_averaged_weights_would_not_keep_to_is_refused(bound, error):
+    for name in ("AdamWScheduleFree", "ProdigyPlusScheduleFree"):
+        with pytest.raises(ValueError, match=error):
+            Plan(optimizer=OptimizerSettings(optimizer=name), **bound)
+    plain = OptimizerSettings(optimizer="ProdigyPlusScheduleFree", optimizer_args="use_schedulefree=False")
+    Plan(optimizer=plain, **bound)
+    Plan(**bound)
 
 
 def test_a_plan_survives_json():

@@ -127,6 +127,27 @@ def test_some_layers_of_another_rank_keep_it():
     assert torch.equal(after[path].delta(), before[path].delta())
 
 
+@pytest.mark.parametrize("alpha", [0.0, float("inf")])
+def test_alphas_that_stand_for_the_rank_are_saved_as_it(alpha):
+    """To us and to kohya's trainers, not to the host's loader, which would make nothing of what is trained."""
+    given = {key: torch.tensor(alpha) if key.endswith("alpha") else tensor for key, tensor in saved(trained()).items()}
+    after, _ = begun(LoraModel(given))
+    assert {adapter.alpha for adapter in after.values()} == {4.0}
+    equal_effect(after, trained(alpha=4.0))
+
+
+def test_other_ranks_that_dylora_cannot_train_are_refused():
+    given = saved(trained(blocks="blocks.0: rank=7"))
+    given = LoraModel({key: tensor for key, tensor in given.items() if ".0." not in key or "mlp" in key})
+    with pytest.raises(OptionError, match="start_from has rank 7 on .*0.mlp, unit is 2: set unit to a divisor of 7"):
+        begun(given, algorithm="DyLoRA", unit=2)
+
+
+def test_what_is_damaged_is_of_start_from():
+    with pytest.raises(OptionError, match="start_from: .*NaN"):
+        begun(LoraModel({key: tensor * float("nan") for key, tensor in saved(trained()).items()}))
+
+
 def test_layers_that_only_one_side_has():
     before = trained()
     half = {path: adapter for path, adapter in before.items() if ".0." in path}

@@ -233,6 +233,11 @@ class BatchPlan:
         epoch = bisect_right(self._ends, position) - 1
         return rounds * self._period + epoch, position - self._ends[epoch]
 
+    def epochs_at(self, position: int) -> float:
+        """How often the run has gone through the dataset before a position."""
+        epoch, index = self.locate(position)
+        return epoch + index / max(1, self.batches_in(epoch + 1) - self.batches_in(epoch))
+
     def batches_in(self, epochs: int) -> int:
         """The number of batches of the first so many epochs."""
         rounds, rest = divmod(epochs, self._period)  # everything repeats after as many epochs as make repeats whole

@@ -51,7 +51,7 @@ def check_optimizer(settings: Any) -> None:
             )
     arguments = keywords(settings)
     averaging, betas = saves_averages(settings), arguments.get("betas")
-    if averaging and isinstance(betas, tuple | list) and betas[:1] in ((0,), [0]):
+    if averaging and isinstance(betas, tuple | list) and betas and betas[0] == 0:
         raise OptionError(
             f"beta1 is 0, expected more: {row.name} could not tell the averaged weights, which are saved, from those "
             "it trains"

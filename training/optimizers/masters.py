@@ -1,7 +1,7 @@
 """What the optimizer writes to: the adapters themselves, or float32 copies of adapters that are kept in bfloat16.
 
 * The copies live only while the optimizer works (``gathered``); between steps they take no memory.
-* Gradients of several backward passes are summed in float32 (``collect``): in bfloat16 a sum soon takes up nothing more.
+* Gradients of several backward passes are summed in float32 (``collect``): in bfloat16 a sum soon takes no more up.
 * What it made of them is rounded at random, up or down in proportion to how near each is, so that steps smaller than
   bfloat16 can hold are right on average instead of lost. The draws come from a generator on the CPU, in a fixed order:
   the same bits on every device.

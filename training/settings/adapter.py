@@ -143,6 +143,7 @@ class AdapterSettings(Settings):
 
     def check_together(self) -> None:
         check(not 0 < self.loraplus_ratio < 1, "loraplus_ratio", self.loraplus_ratio, "0 (automatic), 1 (off) or more")
+        check(self.conv_alpha != 0, "conv_alpha", self.conv_alpha, "a number other than 0")
         known = FAMILIES[self.algorithm]
         if self.dora != "off" and not known.dora:
             able = ", ".join(name for name, row in FAMILIES.items() if row.dora)

@@ -32,9 +32,9 @@ class Plan(Settings):
     length: int = option(500, "How long to train, in units.", low=1, high=1000000, expected="1 or more")
     unit: str = option("steps", "What length counts.", choices=LENGTH_UNITS)
     learning_rate: float = option(
-        1e-4,
-        "1e-4 suits AdamW on most models. Too high: the loss jumps. Too low: nothing is learned. Optimizers that find "
-        "their own rate (Prodigy, D-Adaptation) want 1.",
+        2e-4,
+        "1e-4 to 3e-4 suits AdamW on most models. Too high: the loss jumps. Too low: nothing is learned. Optimizers that "
+        "find their own rate (Prodigy, D-Adaptation) want 1.",
         low=1e-8,
         high=10.0,
         step=1e-5,
@@ -77,11 +77,10 @@ class Plan(Settings):
     def check_together(self) -> None:
         check(self.alpha != 0, "alpha", self.alpha, "a number other than 0")
         if saves_averages(self.optimizer):
-            what = f"{self.optimizer.optimizer} saves averages of weights that were never so, which it cannot hold"
-            what += "; or choose another optimizer"
-            check(not self.adapter.max_norm, "max_norm", self.adapter.max_norm, f"0: {what}")
-            keep = self.components.preserve_embedding_norm
-            check(not keep, "preserve_embedding_norm", keep, f"False: {what}")
+            why = f"the averaged weights that {self.optimizer.optimizer} saves would not keep to it. Or choose AdamW"
+            norm, keep = self.adapter.max_norm, self.components.preserve_embedding_norm
+            check(not norm, "max_norm", norm, f"0: {why}")
+            check(not keep, "preserve_embedding_norm", keep, f"False: {why}")
 
     @property
     def loraplus_ratio(self) -> float:

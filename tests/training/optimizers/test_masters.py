@@ -82,16 +82,40 @@ def test_copies_live_only_while_the_optimizer_works():
     parameters[0].grad = gradient = torch.full((5, 3), 0.5, dtype=torch.bfloat16)
     masters = Masters(parameters)
     master = masters.of(parameters[:1])[0]
-    assert master is masters.tensors[0] and master.shape == (5, 3) and master.untyped_storage().nbytes() == 0
+    assert master is masters.tensors[0] and master.shape == (5, 3) and master.untyped_storage().nbytes() == 4
     with masters.gathered():
         assert torch.equal(master, parameters[0].float()) and master.dtype == torch.float32
         assert torch.equal(master.grad, gradient.float()) and parameters[0].grad is None
-    assert master.grad is None and master.untyped_storage().nbytes() == 0
+    assert master.grad is None and master.untyped_storage().nbytes() == 4
     with pytest.raises(KeyError, match="boom"), masters.gathered():
         raise KeyError("boom")
-    assert master.untyped_storage().nbytes() == 0
+    assert master.untyped_storage().nbytes() == 4
     with masters.gathered():
         assert torch.equal(master, parameters[0].float()) and master.grad is None
+
+
+def test_no_storage_is_resized(monkeypatch):
+    """Apple's devices cannot."""
+
+    def refuse(*_):
+        raise RuntimeError("UntypedStorage.resize_: got unexpected device type mps")
+
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", refuse)
+    masters = Masters([torch.ones(3).bfloat16()])
+    with masters.gathered():
+        assert torch.equal(masters.tensors[0], torch.ones(3))
+
+
+def test_gradients_of_many_backward_passes_are_summed_in_float32():
+    """In bfloat16 a sum of equal terms ends at 256 of them."""
+    parameter = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    masters = Masters([parameter])
+    for _ in range(1000):
+        masters.collect()
+        (0.01 * parameter).sum().backward()
+    with masters.gathered():
+        assert parameter.grad is None
+        assert torch.allclose(masters.tensors[0].grad, torch.tensor(10.0), rtol=0.002)
 
 
 def test_tensors_are_rounded_in_their_order_by_one_generator():

@@ -147,6 +147,17 @@ def test_a_schedule_beside_a_schedule_free_optimizer_is_refused():
         settings_of("pytorch_optimizer", optimizer_name="ScheduleFreeAdamW", schedule="linear")
 
 
+def test_an_average_that_could_not_be_told_from_the_trained_weights_is_refused():
+    named = {"optimizer": "pytorch_optimizer", "optimizer_name": "ScheduleFreeAdamW"}
+    rows = [{"optimizer": name} for name, row in OPTIMIZERS.items() if row.schedule_free and row.betas]
+    for asked in ({"beta1": 0.0}, {"optimizer_args": "betas=0.0,0.9"}):
+        for settings in (*rows, named):
+            with pytest.raises(OptionError, match="^beta1 is 0, expected more"):
+                OptimizerSettings(**settings, **asked)
+        OptimizerSettings(optimizer="AdamW", **asked)
+    OptimizerSettings("ProdigyPlusScheduleFree", beta1=0.0, optimizer_args="use_schedulefree=False")
+
+
 def test_a_warm_up_of_the_loop_is_the_warm_up_of_schedule_free():
     from schedulefree import AdamWScheduleFree
 

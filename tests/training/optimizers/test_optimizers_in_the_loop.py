@@ -61,7 +61,7 @@ def trainer(name, dtype=torch.float32, total=12, adapter=None, components=(), **
         learning_rate=rate,
         optimizer=OptimizerSettings(optimizer=name, **own | options),
         run=RunSettings(ema_decay=0.5),
-        adapter=adapter or AdapterSettings(),
+        adapter=adapter or AdapterSettings(loraplus_ratio=1.0),
     )
     lora = LoRA.create((WIDE, WIDE), Options(64, 64.0), generator(3, "adapters", 0)).to(dtype=dtype)
     return Trainer([Component("model", {"layer": lora}, rate), *components], Toy(lora), Points(), plan, total)
