@@ -33,7 +33,7 @@ class Plan(Settings):
     unit: str = option("steps", "What length counts.", choices=LENGTH_UNITS)
     learning_rate: float = option(
         2e-4,
-        "1e-4 to 3e-4 suits AdamW on most models. Too high: the loss jumps. Too low: nothing is learned. Optimizers that "
+        "1e-4 to 3e-4 suits AdamW on most models. Too high: the loss jumps. Too low: nothing is learned. Those that "
         "find their own rate (Prodigy, D-Adaptation) want 1.",
         low=1e-8,
         high=10.0,
