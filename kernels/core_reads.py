@@ -68,6 +68,12 @@ FAULTS = (
         lambda a: isinstance(a, DoRA) and a.axis == 0,
     ),
     Fault(
+        "DoRA per input on layers of one output",
+        WRONG,
+        "they take its norms for that of the output",
+        lambda a: _norms_of_one_output(a),
+    ),
+    Fault(
         "Tucker cores of one or three dimensions",
         FAILS,
         "they spell out two dimensions",
@@ -140,6 +146,11 @@ def _dimensions(adapter: Adapter) -> int:
     return 0 if adapter.shape is None else len(adapter.shape) - 2
 
 
+def _norms_of_one_output(adapter: Adapter) -> bool:
+    """Norms (1, in, …) of a weight (1, in, …), told from those per output by nothing but their number."""
+    return isinstance(adapter, DoRA) and adapter.axis == 1 and adapter.shape is not None and adapter.shape[0] == 1
+
+
 def _is_single(adapter: Adapter) -> bool:
     """Whether the first LoKr matrix is one number."""
     return W1 in adapter.tensors and adapter.tensors[W1].numel() == 1
@@ -149,7 +160,8 @@ def _without_weight(adapter: Adapter) -> Adapter | None:
     """The same in a form that is read right, None where that takes the weight."""
     tensors, shape = adapter.tensors, adapter.shape
     if isinstance(adapter, DoRA):
-        inner = _without_weight(adapter.inner) if adapter.axis == 1 else None
+        readable = adapter.axis == 1 and not _norms_of_one_output(adapter)
+        inner = _without_weight(adapter.inner) if readable else None
         return None if inner is None else DoRA(inner, adapter.magnitude, 1)  # type: ignore[arg-type]
     if isinstance(adapter, LoRA):
         down = torch.einsum("pq...,qi->pi...", wide(tensors[MID]), wide(tensors[DOWN]).flatten(1))

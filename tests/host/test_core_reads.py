@@ -97,9 +97,21 @@ def test_full_rank_glora():
     assert fault_of(adapter).name == "GLoRA of full rank" and outcome(adapter, weight, bias) == WRONG
 
 
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.dora])
+def test_dora_per_input_of_one_output(family):
+    """As Krea 2 has such a layer."""
+    adapter, weight, bias = trained(family, {"dora": "input", "rank": 1}, "linear", 1, 12)
+    assert fault_of(adapter).name == "DoRA per input on layers of one output"
+    assert outcome(adapter, weight, bias) == WRONG
+    file, _ = rewritten(LoRAFile({"layer": adapter}), lambda path: weight)
+    assert fault_of(file.adapters["layer"]) is None and outcome(adapter, weight, bias, to_tensors(file)) is None
+
+
 def test_every_row_of_the_table_is_met():
     met = {fault.name for family, options, kernel in CASES if (fault := fault_of(trained(family, options, kernel)[0]))}
-    assert {fault.name for fault in FAULTS} - met == {"BOFT of PEFT", "GLoRA of full rank"}  # of others' files
+    assert {fault.name for fault in FAULTS} - met == {
+        "BOFT of PEFT", "GLoRA of full rank", "DoRA per input on layers of one output"  # of others' files or few layers
+    }  # fmt: skip
 
 
 MISREAD = [case for case in CASES if fault_of(trained(*case)[0])]

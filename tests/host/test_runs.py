@@ -94,11 +94,11 @@ def test_what_has_changed_is_told_or_refused(plain):
 
 def test_an_accepted_change_has_its_effect(plain):
     """Weight decay is an argument of the optimizer, not of what it remembers."""
-    one, two = next(NAMES), next(NAMES)
+    one, two, how = next(NAMES), next(NAMES), {"adapter": {"loraplus_ratio": 1.0}}  # one rate for all
     for name in (one, two):
-        before = run(plain, plan(length=2), name).lora
-    strong = plan(length=3, optimizer={"weight_decay": 10.0})
-    kept, pulled = run(plain, plan(length=3), one), run(plain, strong, two)
+        before = run(plain, plan(length=2, **how), name).lora
+    strong = plan(length=3, optimizer={"weight_decay": 10.0}, **how)
+    kept, pulled = run(plain, plan(length=3, **how), one), run(plain, strong, two)
     for key in (key for key in before if "alpha" not in key):  # one step at rate 0.01
         more = 0.01 * (10 - 0.01) * before[key]
         assert torch.allclose(kept.lora[key] - pulled.lora[key], more, atol=1e-6) and bool(more.any()), key
