@@ -1,8 +1,8 @@
 """Run a block that writes in place as if it did not.
 
-Several hosts' transformer blocks say ``img += …``, ``x.addcmul_(…)`` or ``out=x``. Autograd then refuses to
-differentiate them, or, where a checkpoint recomputes from inputs that have changed meanwhile, silently returns wrong
-gradients.
+Several hosts' transformer blocks say ``img += …``, ``x.addcmul_(…)``, ``inplace=True`` or ``out=x``. Autograd then
+refuses to differentiate them, or, where a checkpoint recomputes from inputs that have changed meanwhile, silently
+returns wrong gradients.
 
 ``OutOfPlace`` intercepts torch's own functions: every in-place operation makes a new tensor instead, and whoever uses
 the old tensor later, inside the same ``with``, is given the new one. Writing to a part of a tensor (``x[:, :n].mul_``)
@@ -64,7 +64,10 @@ class OutOfPlace(TorchFunctionMode):
 
     def outcome(self, value: Any) -> Any:
         """``value`` with every tensor replaced by what it became."""
-        return tree_map_only(Tensor, self._current, value) if self._latest else value
+        if not self._latest:
+            return value
+        with torch._C.DisableTorchFunction():  # or asking a tensor for its base would be answered for its outcome
+            return tree_map_only(Tensor, self._current, value)
 
     def _current(self, tensor: Tensor) -> Tensor:
         while id(tensor) in self._latest:
@@ -101,6 +104,8 @@ class OutOfPlace(TorchFunctionMode):
             return func(*args, **kwargs)
         elif name in _ASSIGNMENTS and not kwargs:
             result = _ASSIGNMENTS[name](*args)
+        elif kwargs.get("inplace") is True:
+            result = func(*args, **{**kwargs, "inplace": False})
         elif name == "__setitem__":
             result = args[0].clone()
             func(result, *args[1:], **kwargs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_loom.training.inplace import OutOfPlace
+from lora_loom.training.inplace import OutOfPlace, latest
 
 
 def assignments(x, y):
@@ -15,6 +15,12 @@ def assignments(x, y):
 def methods(x, y):
     x.addcmul_(y, x).mul_(y)
     return x
+
+
+def options(x, y):
+    h = x * y
+    torch.nn.functional.silu(h, inplace=True)
+    return h * x
 
 
 def target(x, y):
@@ -61,6 +67,7 @@ def parts_of_inputs(x, y):
 PROGRAMS = (
     assignments,
     methods,
+    options,
     target,
     items,
     parts,
@@ -85,6 +92,46 @@ def test_values_inputs_and_gradients(program):
     x, y = (tensor.clone().requires_grad_(True) for tensor in inputs)
     assert torch.equal(run(x, y), wanted)
     assert torch.equal(torch.stack([x, y]), inputs)
+    assert torch.autograd.gradcheck(run, (x, y))
+
+
+class Product(torch.autograd.Function):
+    """As layers do it: the result is a view of what was computed; no function mode sees it."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return (x * y).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return grad * y, grad * x
+
+
+def test_views_that_custom_functions_return():
+    """The last write has to be in the result, and each product has to be of the latest values."""
+
+    def product(x, y):
+        return Product.apply(latest(x), latest(y))
+
+    def program(x, y):
+        h = product(x, y)
+        h.addcmul_(product(h, y), x)
+        h += product(h, x)
+        h.addcmul_(product(h * 2, y), y)
+        return h
+
+    inputs = torch.randn(2, 3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = program(*inputs.clone())
+
+    def run(x, y):
+        with OutOfPlace() as mode:
+            return mode.outcome(program(x, y))
+
+    x, y = (tensor.clone().requires_grad_(True) for tensor in inputs)
+    assert torch.equal(run(x, y), wanted)
     assert torch.autograd.gradcheck(run, (x, y))
 
 

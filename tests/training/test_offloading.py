@@ -126,8 +126,6 @@ def test_what_a_checkpointed_stack_holds_is_counted(offload):
             for block in stack:
                 y = block(y, shift=torch.ones(12), text=text, options={})
         counted[count] = activations
-        y.sum().backward()
-        assert all(len(block.seen) == 2 for block in stack[1:]) and len(stack[0].seen) == 1  # the measured one
     assert counted[6].block == counted[2].block >= 3 * rows
     kept, away = (getattr(counted[6], name) - getattr(counted[2], name) for name in ("kept", "away"))
     # the ones of each call stay on the device in both cases
