@@ -4,6 +4,7 @@
   weight: one m per output (LyCORIS' default, PEFT, ai-toolkit) or per input (OneTrainer's default). ΔW comes from an
   adapter of another family; nothing is built that this adapter would not build.
 * ``attached``: from a file's tensor, whatever its spelling, to a ``DoRA`` around the adapter that came with it.
+* ``constant_norms``: for finite differences, which have to see the same constants as the gradients.
 
 ‖V‖ is a constant to gradients (§4.3 of the paper; PEFT and OneTrainer do the same, LyCORIS does not). It is never kept
 from one step to the next: a layer on loan cannot promise that its weight is still the same, and ``moved_rows`` takes as
@@ -13,7 +14,8 @@ long as the terms that such a memory would not save.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ class DoRA(Adapter):
     def __init__(self, inner: Additive, magnitude: Tensor, axis: int) -> None:
         super().__init__({**inner.tensors, SCALE: magnitude}, inner.shape, inner.alpha)
         self.inner, self.axis = inner, axis
+        self._held: list[Tensor] | None = None  # the norms that ``constant_norms`` holds on to
 
     @classmethod
     def around(cls, inner: Additive, weight: Tensor, axis: str) -> Self:
@@ -74,8 +77,13 @@ class DoRA(Adapter):
 
     def norms(self, weight: Tensor) -> Tensor:
         """‖W + ΔW‖ along the axis, (out,) or (in,), float32 or wider; a constant to autograd."""
+        if self._held:
+            return self._held[0]
         with torch.no_grad():
-            return _norms(self.inner.moved_rows(weight), weight.shape, self.axis)
+            norms = _norms(self.inner.moved_rows(weight), weight.shape, self.axis)
+        if self._held is not None:
+            self._held.append(norms)
+        return norms
 
     def _excess(self, weight: Tensor) -> Tensor:
         """m / ‖V‖ − 1, which stays exact in half precision while it is small; 0 where V has no direction."""
@@ -133,6 +141,19 @@ class DoRA(Adapter):
 
     def limit_norm(self, maximum: float) -> bool:
         return self.inner.limit_norm(maximum)
+
+
+@contextmanager
+def constant_norms(adapters: Iterable[Adapter]) -> Iterator[None]:
+    """For the time of a ``with``, ‖V‖ of each ``DoRA`` stays what it is when it is asked for first."""
+    held = [adapter for adapter in adapters if isinstance(adapter, DoRA)]
+    for adapter in held:
+        adapter._held = []
+    try:
+        yield
+    finally:
+        for adapter in held:
+            adapter._held = None
 
 
 def attached(inner: Additive, name: str, stored: Tensor, shape: Sequence[int] | None) -> DoRA:

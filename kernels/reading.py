@@ -30,6 +30,7 @@ from .compose import Sliced, Sum, Swapped
 from .control import SET_WEIGHT, WIDTH, Replacement, Widened
 from .dora import PARTS as NORMS
 from .embeddings import take_embeddings
+from .ia3 import ON_INPUT, WEIGHT
 from .lora import DOWN, UP
 from .names import NameTable, Place
 from .peft_config import Configs, beside
@@ -152,6 +153,8 @@ class _Reader:
                 self.notes.append(f"{key} is no part of any adapter and was left out")
                 continue
             name, part, adapter = split(key)
+            if part in (DOWN, UP) and f"{key.removesuffix('.weight')}.{ON_INPUT}" in tensors:
+                name, part = key.removesuffix(".weight"), WEIGHT  # (IA)³ on a layer that is called down or up
             if part is None:
                 self._add(key, UNKNOWN, "ends like no part of an adapter")
                 continue

@@ -22,7 +22,7 @@ from lora_loom.host.denoiser import HostDenoiser
 from lora_loom.host.layers import weight_reader
 from lora_loom.host.loan import borrow
 from lora_loom.kernels.core_reads import fault_of, rewritten
-from lora_loom.kernels.dora import DoRA
+from lora_loom.kernels.dora import constant_norms
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.names import NameTable, layer_shapes
 from lora_loom.kernels.reading import LoRAFile, read_lora
@@ -36,7 +36,7 @@ from lora_loom.training.settings import AdapterSettings, Plan
 from lora_loom.training.smoke import check_gradients
 from training import loss_of, samples_for
 
-STEP = 4e-3  # of the central differences, over all tensors together
+STEP = 1e-3  # of the central differences, over all tensors together
 GRADIENT = 2e-3  # parts of the host compute in float32 whatever the weights are
 EFFECT = 1e-4  # of what the adapters change
 STEPS = 20
@@ -45,10 +45,14 @@ LEARNT = 0.98  # of the first loss
 
 @dataclass(frozen=True)
 class Variant:
-    """``options`` of the adapter settings; ``spatial``: for k×k convolutions only; ``rate``: learning rate."""
+    """``options`` of the adapter settings; ``rate``: learning rate.
+
+    ``spatial``: for k×k convolutions only; ``biased``: for layers with a bias only.
+    """
 
     options: dict
     spatial: bool = False
+    biased: bool = False
     rate: float = 5e-3
     rank: int = 4
 
@@ -73,7 +77,7 @@ VARIANTS = {
     "LoKr, DoRA": Variant({"algorithm": "LoKr", "dora": "output"}),
     "LoKr, DoRA per input": Variant({"algorithm": "LoKr", "dora": "input"}),
     "full": Variant({"algorithm": "full"}, rate=1e-3),
-    "full with bias": Variant({"algorithm": "full", "train_bias": True}, rate=1e-3),
+    "full with bias": Variant({"algorithm": "full", "train_bias": True}, biased=True, rate=1e-3),
     "OFT": Variant({"algorithm": "OFT", "block_size": 4}),
     "OFT, constraint, rescaled": Variant({"algorithm": "OFT", "block_size": 4, "constraint": 0.05, "rescaled": True}),
     "BOFT": Variant({"algorithm": "BOFT", "block_size": 4}),
@@ -103,13 +107,21 @@ def model(name, dtype=torch.float32):
 
 def fits(name, variant):
     """Whether this model has layers that the variant is for."""
-    return has_kernels(name) or not VARIANTS[variant].spatial
+    row = VARIANTS[variant]
+    return (has_kernels(name) or not row.spatial) and (has_biases(name) or not row.biased)
 
 
 @lru_cache
 def has_kernels(name):
     """Whether any convolution of the model is wider than one point."""
     return any(math.prod(target.shape[2:]) > 1 for target in select_targets(model(name).model, "full", True))
+
+
+@lru_cache
+def has_biases(name):
+    network = model(name).model
+    layers = (network.get_submodule(target.path) for target in select_targets(network, "full", True))
+    return any(layer.bias is not None for layer in layers)
 
 
 def samples(name, dtype=torch.float32, batch=2):
@@ -197,8 +209,10 @@ class Cell:
         draws = torch.Generator().manual_seed(7)
         order = torch.randperm(len(pairs), generator=draws).tolist()
         errors = []
-        with _constant_norms(patcher, adapters), borrow(patcher, adapters) as loan:
+        with constant_norms(adapters.values()), borrow(patcher, adapters) as loan:
             denoiser = HostDenoiser(loan)
+            with torch.no_grad():
+                loss_of(denoiser, data)  # the norms of this point
             for part in range(parts):
                 share = [pairs[index] for index in order[part::parts]]
                 directions = [_direction(grad, draws) for _, grad in share]
@@ -288,22 +302,6 @@ def _loss_at(denoiser, data, share, directions, step):
         for (tensor, _), before in zip(share, kept, strict=True):
             tensor.copy_(before)
     return value
-
-
-class _constant_norms:
-    """DoRA's ‖V‖ is a constant to gradients by definition (§4.3 of its paper): it must not move with the factors."""
-
-    def __init__(self, patcher, adapters):
-        read = weight_reader(patcher)
-        self.kept = [(a, a.norms(read(path).double())) for path, a in adapters.items() if isinstance(a, DoRA)]
-
-    def __enter__(self):
-        for adapter, norms in self.kept:
-            adapter.norms = lambda weight, norms=norms: norms
-
-    def __exit__(self, *error):
-        for adapter, _ in self.kept:
-            del adapter.norms
 
 
 class OneNoise(Trainer):

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 import tiny
+from graph import images
 from lora_loom.host.denoiser import HostDenoiser
 from lora_loom.kernels.adapter import Dropout
 from lora_loom.training.loop import Batch, Trainer
 from lora_loom.training.settings import OptimizerSettings, Plan, RunSettings
 from lora_loom.training.smoke import GradientError, check_gradients
-from training import adapters_for, borrow, learners, samples_for
+from small_runs import plan, run
+from training import adapters_for, borrow, learners, opened, samples_for
 
 MODELS = ("sdxl", "flux", "hunyuan_video")
 
@@ -234,3 +236,11 @@ def test_gradients_that_look_well_and_are_wrong(name, filled):
 def test_low_precision_is_no_wrong_gradient(name):
     for dtype in (torch.bfloat16, torch.float16):
         assert not check(name, filled=True, compute_dtype=dtype, preset="attention", checkpoint=True).notes
+
+
+def test_adapters_that_were_trained_too_fast_are_no_wrong_gradient(tmp_path):
+    """Their loss is so rough that two steps can agree by chance: each of these runs begins with the check."""
+    dataset = opened(images(tmp_path / "zorb", count=5), 64, 16)
+    for length in range(1, 11):
+        wild = plan(length=length, seed=1, learning_rate=3e-2, run={"save_every": 1})
+        assert run(dataset, wild, "trained too fast").finished

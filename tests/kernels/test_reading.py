@@ -577,3 +577,18 @@ def test_what_a_base_lacks_is_not_said_to_be_of_another(names):
     file = read_lora(lora(layer, (8, 8)) | lora(other, (8, 8)), chroma)
     assert len(file.adapters) == 1
     assert {item.detail for item in file.unplaced} == {"names a layer that the model does not have"}
+
+
+@pytest.mark.parametrize("end", ("down", "up"))
+def test_ia3_on_layers_that_are_called_like_a_factor(end):
+    """As in Krea 2; a pair of factors on the layer above is still a pair."""
+    path = f"{PREFIX}blocks.0.mlp.{end}"
+    targets = {path: (6, 4), f"{PREFIX}blocks.1.mlp": (6, 4)}
+    factors = torch.randn(6)
+    keys = {f"{path}.weight": factors, f"{path}.on_input": torch.tensor(0)}
+    keys |= lora(f"{PREFIX}blocks.1.mlp", (6, 4), down=".down.weight", up=".up.weight")
+    read = read_lora(keys, targets)
+    assert not read.unplaced and read.adapters.keys() == targets.keys()
+    weight = torch.randn(6, 4)
+    torch.testing.assert_close(read.adapters[path].merged(weight), weight * (1 + factors[:, None]))
+    assert close(read.adapters[f"{PREFIX}blocks.1.mlp"], (6, 4), product(*pair((6, 4))))
