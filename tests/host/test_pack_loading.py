@@ -23,6 +23,7 @@ NODES = {  # the public contract, as far as it exists
     "LoomRunSettings",
     "LoomPreviewSettings",
     "LoomSaveLoRA",
+    "LoomSavePreset",
     "LoomLoRALoaderAdvanced",
     "LoomCaptionSettings",
     "LoomImageSettings",
