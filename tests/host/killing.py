@@ -197,6 +197,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # the runs are forks: threads that torch computes with here are not there in them
     campaign = Campaign(options.seed)
     rows = {}
     try:

@@ -142,7 +142,16 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["state-000005"] and find_state(tmp_path).step == 5
 
 
-def test_a_writer_that_is_killed_leaves_a_whole_state(tmp_path):
+@pytest.fixture
+def one_thread():
+    """For children that are forks: the threads that torch computes with in the parent are not there in them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_state(tmp_path, one_thread):
     """Writes as fast as it can, and is killed at random moments."""
     large = torch.zeros(1 << 18)
     began = time.monotonic()
