@@ -2,7 +2,8 @@
 
 ``python dev/soak_families.py``: every family on every model that this host has (tests/host/family_cell.py says what a
 cell has to show). ``--models`` and ``--variants`` run a part, ``--missing`` what no table has yet; the rest of the
-table stays. With ``COMFYUI_DIR`` set to another host its own table is written beside. Ends with 1 when a cell fails.
+table stays. With ``COMFYUI_DIR`` set to another host its own table is written beside; two hosts may run at once. Ends
+with 1 when a cell fails.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = ROOT / "bench" / "results" / "families.json"
+RESULTS = ROOT / "bench" / "results"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 sys.path[:0] = [str(ROOT / "tests" / "host"), str(ROOT / "dev")]
 
@@ -75,19 +77,36 @@ def table(host: str, cells: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kept() -> dict[str, Any]:
-    """host -> model -> variant -> cell."""
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
+def file_of(version: str) -> Path:
+    return RESULTS / f"families-{version}.json"
 
 
-def keep(host: str, name: str, variant: str, cell: dict[str, Any]) -> None:
+def kept(version: str) -> dict[str, Any]:
+    """model -> variant -> cell."""
+    return json.loads(file_of(version).read_text()) if file_of(version).exists() else {}
+
+
+def keep(version: str, name: str, variant: str, cell: dict[str, Any]) -> None:
     """Put a cell into the results."""
-    results = kept()
-    results.setdefault(host, {}).setdefault(name, {})[variant] = cell
-    results[host] = {model: results[host][model] for model in tiny.SPECS if model in results[host]}
-    FILE.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    tables = [table(host, cells) for host, cells in sorted(results.items())]
-    FILE.with_suffix(".md").write_text("\n".join([EXPLANATION, *tables]))
+    results = kept(version)
+    results.setdefault(name, {})[variant] = cell
+    results = {model: results[model] for model in tiny.SPECS if model in results}
+    lines = [
+        f' "{model}": {{\n'
+        + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in cells.items())
+        + "\n }"
+        for model, cells in results.items()
+    ]
+    replace(file_of(version), "{\n" + ",\n".join(lines) + "\n}\n")
+    others = sorted(path.stem.removeprefix("families-") for path in RESULTS.glob(file_of("*").name))
+    replace(RESULTS / "families.md", "\n".join([EXPLANATION, *(table(f"ComfyUI {one}", kept(one)) for one in others)]))
+
+
+def replace(path: Path, text: str) -> None:
+    """In one step: the other host's run reads it too."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def main() -> int:
@@ -96,16 +115,15 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--missing", action="store_true", help="only cells that the table has not got, or that failed")
     options = parser.parse_args()
-    host = f"ComfyUI {comfyui_version.__version__}"
-    failed = 0
+    version, failed = comfyui_version.__version__, 0
     for name, variant in itertools.product(options.models, options.variants):
-        known = kept().get(host, {}).get(name, {}).get(variant, {"error": "not run yet"})
+        known = kept(version).get(name, {}).get(variant, {"error": "not run yet"})
         if options.missing and "error" not in known:
             continue
         cell = run(name, variant) if fits(name, variant) else {}
         failed += "error" in cell
         print(f"{name:14s} {variant:26s} {cell.get('seconds', 0):6.1f} s  {cell.get('error', 'ok')}", flush=True)
-        keep(host, name, variant, cell)
+        keep(version, name, variant, cell)
     print(f"families × models: {failed} cells failed", flush=True)
     return int(failed > 0)
 
