@@ -257,10 +257,14 @@ def write(base: float, reference: float, wanted: float, found: Any, curves: Any)
     ]
     for name, steps in found.items():
         ordered = sorted(float("inf") if step is None else step for step in steps)
-        each = ", ".join("—" if step is None else f"{step:.0f}" for step in steps)
-        lines.append(f"| {name} | {ordered[len(ordered) // 2]:.0f} | {each} |")
+        each = ", ".join(_shown(step) for step in steps)
+        lines.append(f"| {name} | {_shown(ordered[len(ordered) // 2])} | {each} |")
     (results / "quality.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def _shown(step: float | None) -> str:
+    return f"> {OPTIONS.steps}" if step is None or step == float("inf") else f"{step:.0f}"
 
 
 if __name__ == "__main__":
