@@ -6,6 +6,8 @@ USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c '$(USABLE)' 2>/dev/null && command -v $$p && break; done)
 RUN = "$(CURDIR)/.venv/bin/python"
+# that run the tests; each may take some gigabytes
+PROCESSES ?= 2
 
 .PHONY: setup test lint demo bench soak clean
 
@@ -19,7 +21,7 @@ lint: setup
 	$(RUN) -m mypy -p lora_loom.kernels -p lora_loom.training -p lora_loom.host -p lora_loom.nodes
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
 
 demo: setup
 	$(RUN) dev/demo.py
