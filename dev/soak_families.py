@@ -33,6 +33,8 @@ import comfyui_version  # noqa: E402
 import tiny  # noqa: E402
 from family_cell import EFFECT, GRADIENT, LEARNT, STEPS, VARIANTS, Cell, fits  # noqa: E402
 
+MODELS = [name for name in tiny.SPECS if name != "sd2"]  # sd2_v is the same network
+
 EXPLANATION = f"""# Adapter families on tiny models of the host
 
 `python dev/soak_families.py` makes these tables, one for each host; `tests/host/family_cell.py` says what is done.
@@ -90,7 +92,7 @@ def keep(version: str, name: str, variant: str, cell: dict[str, Any]) -> None:
     """Put a cell into the results."""
     results = kept(version)
     results.setdefault(name, {})[variant] = cell
-    results = {model: results[model] for model in tiny.SPECS if model in results}
+    results = {model: results[model] for model in MODELS if model in results}
     lines = [
         f' "{model}": {{\n'
         + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in cells.items())
@@ -111,7 +113,7 @@ def replace(path: Path, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(tiny.SPECS), default=list(tiny.SPECS), metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="NAME")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--missing", action="store_true", help="only cells that the table has not got, or that failed")
     options = parser.parse_args()
