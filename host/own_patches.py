@@ -73,5 +73,5 @@ def own_patches(lora: Mapping[str, Tensor], model: Any, clip: Any | None) -> tup
         moved = adapter.merged_bias(bias) if bias.ndim else None
         if moved is not None and not torch.equal(moved, bias):
             patches[f"{path}.bias"] = OwnPatch(set(), weights)
-    places = {key: names.find(split(key)[0]) for key in lora}
+    places = {key: names.find(split(key, lora).name) for key in lora}
     return patches, {key for key, place in places.items() if place is not None and place.path in misread}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, wide
-from .frozen import FrozenLayer
+from .frozen import FrozenLayer, own_output
 from .products import apply_weight, input_gradient, per_channel, weight_gradient
 
 
@@ -30,6 +30,7 @@ class _Dense(torch.autograd.Function):
     """W' x + b if ``whole``, else (W' − W) x; saves x and the adapter's own tensors."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, layer: FrozenLayer, adapter: Adapter, whole: bool, *tensors: Tensor):
         ctx.layer, ctx.adapter, ctx.whole = layer, adapter, whole
         ctx.save_for_backward(x, *tensors)

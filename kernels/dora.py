@@ -67,7 +67,7 @@ class DoRA(Adapter):
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         other = copy.copy(self)
-        other.inner = self.inner.with_tensors(tensors)
+        other.inner, other._held = self.inner.with_tensors(tensors), None
         other.tensors = {**other.inner.tensors, SCALE: tensors[SCALE]}
         return other
 

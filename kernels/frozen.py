@@ -3,6 +3,7 @@
 * ``FrozenLayer``: what a borrowed layer offers: its own forward, its dense weight and bias for a moment.
 * ``frozen``: the layer as a function of its input alone; ``frozen_other`` for layers that are neither linear nor
   convolutions.
+* ``own_output``: for forwards of autograd Functions: callers may write into what they give.
 
 A host may cast, move or evict a weight between forward and backward, or reuse the buffer a cast went into. So the
 graph holds the *layer*: backward asks it for the weight again and gives it back at once. No copy of a weight outlives
@@ -11,7 +12,9 @@ a single product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +41,25 @@ class FrozenLayer(Protocol):
         ...
 
 
+def no_view(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or the same memory as something that is no view; for code that autograd does not watch."""
+    return tensor if tensor._base is None else torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+
+
+def own_output(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A Function's ``forward`` whose output is no view.
+
+    Products over more than two dimensions come as views of what was computed inside, where nothing has a history: into
+    those nobody may write in place, as hosts do into what their own layers give.
+    """
+
+    @wraps(forward)
+    def wrapped(*args: Any) -> Tensor:
+        return no_view(forward(*args))
+
+    return wrapped
+
+
 class FrozenConvolution(FrozenLayer, Protocol):
     """A convolution on loan."""
 
@@ -48,6 +70,7 @@ class _FrozenLinear(torch.autograd.Function):
     """y = x Wᵀ + b; saves nothing."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, layer: FrozenLayer) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
         return layer.forward(x)
@@ -63,6 +86,7 @@ class _FrozenConv(torch.autograd.Function):
     """y = conv(x, W) + b; saves the input's shape."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, layer: FrozenLayer) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
         return layer.forward(x)
@@ -78,6 +102,7 @@ class _FrozenOther(torch.autograd.Function):
     """Any other layer (norms, …): saves the input and runs the owner's forward once more in backward."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, layer: FrozenLayer, args: tuple, kwargs: dict) -> Tensor:
         ctx.layer, ctx.args, ctx.kwargs = layer, args, kwargs
         ctx.save_for_backward(x)

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .adapter import Additive, Options, fitted, wide
-from .frozen import FrozenLayer
+from .frozen import FrozenLayer, own_output
 from .products import (
     apply_weight,
     channel_dim,
@@ -109,6 +109,7 @@ class _LayerWithDifference(torch.autograd.Function):
     """y = (W + D) x + b + d over linear layers and convolutions; saves x."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, difference: Tensor, bias_difference: Tensor | None, layer: FrozenLayer):
         ctx.layer, ctx.bias_dtype = layer, None if bias_difference is None else bias_difference.dtype
         ctx.save_for_backward(x, difference)

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from .adapter import Adapter, Options, fitted, kaiming, low_rank_scale, scalar, wide
 from .dense import dense_contribution, through_weight
-from .frozen import FrozenLayer, frozen
+from .frozen import FrozenLayer, frozen, own_output
 from .products import ConvGeometry, channel_dim, convolve, mix, per_channel
 
 A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"
@@ -151,6 +151,7 @@ class _LinearWithGLoRA(torch.autograd.Function):
     """y = (x + s x a2ᵀ a1ᵀ) Wᵀ + b + s x b2ᵀ b1ᵀ over x (…, in); saves x."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, scale: float, layer: FrozenLayer):
         rows = x.reshape(-1, x.shape[-1])
         inner, outer = _hidden(rows, a2, b2)

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .adapter import Adapter, Options, scalar, wide
-from .frozen import FrozenLayer, frozen
+from .frozen import FrozenLayer, frozen, own_output
 from .products import channel_dim, channel_sum, input_gradient, per_channel
 
 WEIGHT, ON_INPUT, PEFT = "weight", "on_input", "ia3_l"
@@ -137,6 +137,7 @@ class _Scaled(torch.autograd.Function):
     """y = f ∘ Wx + b, or f ∘ (Wx + b) if ``with_bias``; saves Wx + b."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, factors: Tensor, with_bias: bool, layer: FrozenLayer):
         y, geometry = layer.forward(x), layer.geometry
         ctx.layer, ctx.with_bias, ctx.shape = layer, with_bias, x.shape
@@ -167,6 +168,7 @@ class _OnScaled(torch.autograd.Function):
     """y = W (f ∘ x) + b; saves x."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, factors: Tensor, layer: FrozenLayer):
         ctx.layer = layer
         ctx.save_for_backward(x, factors)

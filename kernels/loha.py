@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .adapter import Additive, Options, fitted, low_rank_scale, scalar, wide
-from .frozen import FrozenLayer
+from .frozen import FrozenLayer, own_output
 from .lora import LoRA
 from .products import apply_weight, input_gradient, kernel_gradient, per_channel, walked
 
@@ -165,6 +165,7 @@ class _LinearWithNarrow(torch.autograd.Function):
     """y = x Wᵀ + b + s (x Dᵀ) U over x (…, in), D = w1_b ⊙ w2_b, U = w1_aᵀ ⊙ w2_aᵀ; saves x and the factors."""
 
     @staticmethod
+    @own_output
     def forward(
         ctx, x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float, layer: FrozenLayer
     ) -> Tensor:
@@ -197,6 +198,7 @@ class _WithDense(torch.autograd.Function):
     """The layer with W + ΔW for its weight; saves x and the factors."""
 
     @staticmethod
+    @own_output
     def forward(
         ctx, x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float, layer: FrozenLayer
     ) -> Tensor:

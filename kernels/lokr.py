@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .adapter import Additive, Options, kaiming, low_rank_scale, scalar, wide
-from .frozen import FrozenLayer, frozen
+from .frozen import FrozenLayer, frozen, own_output
 from .products import convolve, pointwise
 
 W1, W1_A, W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
@@ -185,6 +185,7 @@ class _LinearWithLoKr(torch.autograd.Function):
     """y = x Wᵀ + b + s (w1 ⊗ w2) x over x (…, in), w2 = outer · inner, or outer alone; saves x and the halves."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, w1: Tensor, outer: Tensor, inner: Tensor | None, scale: float, layer: FrozenLayer):
         y = layer.forward(x)
         ctx.layer, ctx.scale = layer, scale

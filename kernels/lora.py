@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .adapter import Additive, Options, fitted, kaiming, low_rank_scale, scalar, wide
-from .frozen import FrozenConvolution, FrozenLayer
+from .frozen import FrozenConvolution, FrozenLayer, own_output
 from .products import (
     add_pointwise,
     channel_dim,
@@ -224,6 +224,7 @@ class _LinearWithLoRA(torch.autograd.Function):
     """
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float, layer: FrozenLayer):
         y = layer.forward(x)
         hidden = _hidden(x, down, mask)
@@ -271,6 +272,7 @@ class _ConvWithLoRA(torch.autograd.Function):
     """y = conv(x, W) + b + B·h over x (N, in, *space), h = s conv(x, A) (N, rank, *space'); saves h, and x for A."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float, layer: FrozenConvolution):
         y = layer.forward(x)
         hidden = _scaled(convolve(x, down.to(x.dtype), layer.geometry), scale)

@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from .adapter import Adapter, Options, wide
 from .dense import dense_contribution, through_weight
-from .frozen import FrozenLayer, frozen
+from .frozen import FrozenLayer, frozen, own_output
 from .products import channel_dim, input_gradient, per_channel
 from .rotations import Stage, back_through, turn, turned_stage
 
@@ -136,6 +136,7 @@ class _LayerOnTurned(torch.autograd.Function):
     """y = W (x R) + b, R for Rᵀ on convolutions (1×1); saves x."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, packed: Tensor, factor: float, size: int, layer: FrozenLayer):
         ctx.layer, ctx.factor, ctx.size = layer, factor, size
         ctx.save_for_backward(x, packed)

@@ -30,7 +30,6 @@ from .compose import Sliced, Sum, Swapped
 from .control import SET_WEIGHT, WIDTH, Replacement, Widened
 from .dora import PARTS as NORMS
 from .embeddings import take_embeddings
-from .ia3 import ON_INPUT, WEIGHT
 from .lora import DOWN, UP
 from .names import NameTable, Place
 from .peft_config import Configs, beside
@@ -152,9 +151,7 @@ class _Reader:
             if BOOKKEEPING.match(key):
                 self.notes.append(f"{key} is no part of any adapter and was left out")
                 continue
-            name, part, adapter = split(key)
-            if part in (DOWN, UP) and f"{key.removesuffix('.weight')}.{ON_INPUT}" in tensors:
-                name, part = key.removesuffix(".weight"), WEIGHT  # (IA)³ on a layer that is called down or up
+            name, part, adapter = split(key, tensors)
             if part is None:
                 self._add(key, UNKNOWN, "ends like no part of an adapter")
                 continue

@@ -25,7 +25,7 @@ from typing_extensions import Self
 
 from .adapter import Adapter, Options, scalar, wide
 from .dense import dense_contribution, through_weight
-from .frozen import FrozenLayer
+from .frozen import FrozenLayer, no_view, own_output
 from .products import ConvGeometry, channel_dim, channel_sum, input_gradient, per_channel
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
@@ -217,6 +217,7 @@ class _TurnedLayer(torch.autograd.Function):
     """Saves the output, or with ``rescale`` the turned product before it, and ``operators``."""
 
     @staticmethod
+    @own_output
     def forward(ctx, x: Tensor, operators: Tensor, rescale: Tensor | None, layer: FrozenLayer):
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
         geometry, z = layer.geometry, layer.forward(x)
@@ -228,6 +229,7 @@ class _TurnedLayer(torch.autograd.Function):
             for stage in stages:
                 turned = turned_stage(turned, stage, False, False)
             z.add_(per_channel(bias - turned[0] if rescale is None else -turned[0], geometry))
+        z = no_view(z)  # before it is saved: a write into it has to be noticed
         ctx.save_for_backward(z, operators, rescale)
         if rescale is None:
             return z

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .frozen import FrozenLayer
+from .frozen import FrozenLayer, no_view
 from .lora import LoRA
 
 
@@ -40,7 +40,7 @@ class _SharedInput(torch.autograd.Function):
         for layer, scale, up, own in zip(layers, scales, ups, _split(hidden, downs), strict=True):
             y = layer.forward(x)
             y.view(-1, y.shape[-1]).addmm_(own.to(y.dtype), up.to(y.dtype).T, alpha=scale)
-            outputs.append(y)
+            outputs.append(no_view(y))
         ctx.layers, ctx.scales = layers, scales
         ctx.save_for_backward(x, *factors)
         return tuple(outputs)

@@ -10,10 +10,12 @@ Parts that only some trainers write, and that ``reading`` turns into others, are
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import NamedTuple
 
 from .control import SET_WEIGHT, WIDTH
 from .dora import PARTS as NORMS
+from .ia3 import ON_INPUT, WEIGHT
 from .lora import DOWN, UP
 from .registry import FAMILIES
 
@@ -57,8 +59,13 @@ _UNNAMED = [re.sub("[?]P<[a-z]+>", "", row.pattern) for row, _ in _ROWS]
 _ANY = re.compile("|".join(f"(?P<row{n}>{pattern})" for n, pattern in enumerate(_UNNAMED)))
 
 
-def split(key: str) -> Split:
-    """The longest end of ``key`` that is a part's name decides."""
+def split(key: str, file: Container[str] = ()) -> Split:
+    """The longest end of ``key`` that is a part's name decides.
+
+    The other keys of the ``file`` do where a layer itself is called "down" or "up": its (IA)³ is not another's factor.
+    """
+    if f"{key.removesuffix('.weight')}.{ON_INPUT}" in file:
+        return Split(key.removesuffix(".weight"), WEIGHT)
     found = _ANY.search(key, _tail(key))
     if found is None or found.start() == 0:
         return Split(key, None)

@@ -79,11 +79,16 @@ class OutOfPlace(TorchFunctionMode):
 
     def _became(self, old: Tensor, new: Tensor) -> Tensor:
         """What is used in the place of ``old`` from now on."""
+        if new is old:  # a dropout of nothing
+            return old
         whole = old._base
         if whole is None:
             self._follow(old, new)
             return new
-        fresh = self._current(whole).clone()
+        current = self._current(whole)
+        if old.requires_grad and not current.requires_grad and old.numel() < whole.numel():
+            raise RuntimeError("in-place work on a part of what a custom function gave cannot be differentiated")
+        fresh = current.clone()
         part = _same_part(old, whole, fresh)
         part.copy_(new)
         self._follow(whole, fresh)

@@ -13,6 +13,7 @@ gradients that look well and are wrong.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,9 @@ CURE = (
     "to the model itself, please report the family. smoke_test of the run settings switches this check off"
 )
 
-SLOPE_STEPS = (0.01, 0.01 / 8, 0.01 / 64)  # parts of the loss by which the finite differences change it
+SLOPE_STEPS = (0.01, 0.005, 0.0025)  # parts of the loss by which the finite differences change it
+FINE_STEP = 0.01 / 64
+HALF_SCALES = (2.0**10, 1.0)  # of the loss in float16, whose small gradients would be lost
 
 
 class GradientError(RuntimeError):
@@ -91,8 +94,15 @@ def _measured(trainer: Trainer, position: int, modules: Mapping[str, nn.Module])
                 break
         counted.append(activations)
     began = time.perf_counter()
-    for loss in trainer.terms(position):
-        _backward(loss)
+    for scale in HALF_SCALES if trainer.scaler.is_enabled() else (1.0,):
+        trainer.drop_gradients()
+        for loss in trainer.terms(position):
+            _backward(loss * scale if scale != 1 else loss)
+        gradients = [tensor.grad for tensor in trainer.parameters if tensor.grad is not None]
+        if scale != 1:
+            torch._foreach_div_(gradients, scale)
+        if all(bool(gradient.isfinite().all()) for gradient in gradients):
+            break
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     seconds = time.perf_counter() - began
@@ -218,10 +228,10 @@ def _check_finite(trainer: Trainer, position: int, modules: Mapping[str, nn.Modu
 
 
 def _check_slope(trainer: Trainer, position: int, modules: Mapping[str, nn.Module]) -> None:
-    """GradientError where the loss does not follow the gradients: steps of all sizes that agree on it say so.
+    """GradientError where the loss does not follow the gradients: steps of several sizes that agree on it say so.
 
-    Where they do not agree the loss is too rough, as it is for adapters that were trained too fast, or the model's
-    precision too low, to tell.
+    Where they do not agree the loss is too rough to tell, as it is for adapters that were trained too fast. There they
+    may agree by chance, but a far smaller step goes as it should; in half precision that one says nothing.
     """
     tensors = [tensor for tensor in trainer.parameters if tensor.grad is not None]
     gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
@@ -236,6 +246,9 @@ def _check_slope(trainer: Trainer, position: int, modules: Mapping[str, nn.Modul
             if slope is None or abs(slope - 1) < 0.3 or any(abs(slope - other) > _near(other) for other in slopes):
                 return
             slopes.append(slope)
+        fine = _slope(trainer, position, tensors, gradients, FINE_STEP * whole)
+        if fine is not None and abs(fine - 1) < 0.3:
+            return
     trace = _traced(trainer, position, modules)
     raise GradientError(
         f"smoke_test: the gradients are wrong, the loss changes {slopes[-1]:.2f} times as much as they say: "
@@ -250,7 +263,7 @@ def _near(slope: float) -> float:
 def _slope(
     trainer: Trainer, position: int, tensors: list[Tensor], gradients: list[Tensor], step: float
 ) -> float | None:
-    """Change of the loss along the gradients by what they predict; 1 where they are right, None where nothing moves."""
+    """Change of the loss along the gradients by what they predict; 1 where they are right, None where none is found."""
     losses, predicted = [], 0.0
     for sign in (1, -1):
         before = [tensor.detach().clone() for tensor in tensors]
@@ -258,7 +271,8 @@ def _slope(
             losses.append(_loss(trainer, position))
             moves = zip(tensors, before, gradients, strict=True)  # as far as their dtype let them move
             predicted += sign * sum(((t.detach() - b).double() * g).sum().item() for t, b, g in moves)
-    return (losses[0] - losses[1]) / predicted if predicted else None
+    slope = (losses[0] - losses[1]) / predicted if predicted else math.nan
+    return slope if math.isfinite(slope) else None
 
 
 def _traced(trainer: Trainer, position: int, modules: Mapping[str, nn.Module]) -> Trace:

@@ -221,15 +221,20 @@ class Scaled(Detached):
         return 0.3 * y + 0.7 * y.detach()
 
 
-@pytest.mark.parametrize("filled", (False, True), ids=("fresh", "trained"))
+# fresh adapters move the loss so little that bfloat16 does not always show it
+PRECISIONS = [(filled, dtype) for filled in (False, True) for dtype in (None, torch.float16, torch.bfloat16)]
+PRECISIONS.remove((False, torch.bfloat16))
+
+
+@pytest.mark.parametrize("filled, dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("name", PLACES)
-def test_gradients_that_look_well_and_are_wrong(name, filled):
+def test_gradients_that_look_well_and_are_wrong(name, filled, dtype):
     patcher, adapters = broken(name, PLACES[name][1], Scaled)
     for adapter in adapters.values():
         if not filled:
             adapter.up.detach().zero_()
-    with pytest.raises(GradientError, match="the gradients are wrong, the loss changes 3.3. times as much"):
-        check(name, patcher, adapters)
+    with pytest.raises(GradientError, match=r"the gradients are wrong, the loss changes 3\.\d+ times as much"):
+        check(name, patcher, adapters, **({} if dtype is None else {"compute_dtype": dtype}))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -107,6 +107,26 @@ def test_no_samples_and_a_single_position(case):
             assert not any(gradient.any() for gradient in gradients)
 
 
+@trainable_cases
+def test_what_a_layer_gives_may_be_written_into(case):
+    """As hosts do; where it is kept for the backward, autograd has to notice."""
+    module, adapter, x = build(case)
+    adapter, layer = randomised(adapter), Lent(module)
+    leaves = [x.requires_grad_(), *(tensor.requires_grad_() for tensor in adapter.parameters())]
+    times = torch.ones_like(module(x))
+    times[:1] = 3
+    wanted = torch.autograd.grad((adapter.on(x, layer) * times).square().sum(), leaves)
+    y = adapter.on(x, layer)
+    assert y._base is None
+    y[:1].mul_(3)
+    try:
+        got = torch.autograd.grad(y.square().sum(), leaves)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error) and case.family in ("OFT", "BOFT")
+    else:
+        torch.testing.assert_close(got, wanted)
+
+
 @every_case
 def test_gradients_of_the_branch(case, monkeypatch):
     module, adapter, x = build(case)

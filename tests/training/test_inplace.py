@@ -23,6 +23,13 @@ def options(x, y):
     return h * x
 
 
+def nothing(x, y):
+    """Gives back the tensor itself."""
+    h = x * y
+    torch.nn.functional.dropout(h, 0.0, inplace=True)
+    return h.mul_(x)
+
+
 def target(x, y):
     h = x.tanh()
     torch.add(h, y, out=x)
@@ -68,6 +75,7 @@ PROGRAMS = (
     assignments,
     methods,
     options,
+    nothing,
     target,
     items,
     parts,
@@ -133,6 +141,14 @@ def test_views_that_custom_functions_return():
     x, y = (tensor.clone().requires_grad_(True) for tensor in inputs)
     assert torch.equal(run(x, y), wanted)
     assert torch.autograd.gradcheck(run, (x, y))
+
+
+def test_a_part_of_such_a_view_is_refused():
+    """The whole has no history, and the other part would lose its own."""
+    x, y = torch.randn(2, 3, 6, dtype=torch.float64).requires_grad_()
+    h = Product.apply(x, y)
+    with OutOfPlace(), pytest.raises(RuntimeError, match="a part of what a custom function gave"):
+        h[:1].mul_(2)
 
 
 def test_other_types_of_parts_are_refused():
