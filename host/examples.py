@@ -268,7 +268,8 @@ class HostExamples:
             masks = torch.cat([everything if picture.mask is None else picture.mask for picture in pictures])
         if any(self.dataset.of(sample).loss_weight != 1 for sample in samples):
             weights = torch.tensor([self.dataset.of(sample).loss_weight for sample in samples])
-        return Batch(torch.cat(list(latents)), conditioning, masks, weights)
+        width, height = items[0].bucket
+        return Batch(torch.cat(list(latents)), conditioning, masks, weights, pixels=width * height)
 
 
 def _picture_size(picture: EncodedPicture) -> int:

@@ -20,6 +20,7 @@ from .apply import apply_lora
 from .runs import Run
 
 PREVIEW_PIXELS = 512  # the host shows previews at this size at most
+LEAST = {"every": 1, "steps": 1, "cfg": 0.0, "width": 16, "height": 16}  # a connected value passes the widget's bounds
 
 
 def sampler_names() -> list[str]:
@@ -55,6 +56,9 @@ class PreviewSettings:
             raise OptionError(f"sampler is {self.sampler!r}, expected one of {', '.join(sampler_names())}")
         if self.scheduler not in scheduler_names():
             raise OptionError(f"scheduler is {self.scheduler!r}, expected one of {', '.join(scheduler_names())}")
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:
+                raise OptionError(f"{name} is {getattr(self, name)!r}, expected {least:g} or more")
         object.__setattr__(self, "seed_list", seeds)
 
     @property
@@ -72,6 +76,10 @@ class Previews:
         self.settings, self.every = settings, settings.every
         self.model, self.clip, self.vae = model, clip, vae
         self._base: list[list[Image.Image]] = []
+        if vae is not None:  # a run without one is refused with its own words
+            factor = vae.spacial_compression_encode()
+            _check_side("width", settings.width, factor)
+            _check_side("height", settings.height, factor)
 
     @torch.inference_mode()
     def __call__(self, run: Run, step: int, lora: Mapping[str, Tensor]) -> Image.Image:
@@ -117,6 +125,15 @@ class Previews:
         channels = model.get_model_object("latent_format").latent_channels
         latent = torch.zeros(1, channels, self.settings.height // factor, self.settings.width // factor)
         return comfy.sample.fix_empty_latent_channels(model, latent)
+
+
+def _check_side(name: str, side: int, factor: int) -> None:
+    """Raises OptionError for a side between two sizes of latents: the picture would be smaller than asked for."""
+    if side % factor:
+        raise OptionError(
+            f"{name} is {side}, expected a multiple of {factor}, the pixels that this VAE makes one of, such as "
+            f"{side + -side % factor}"
+        )
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

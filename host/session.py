@@ -36,6 +36,7 @@ from . import keeping, record
 from .advice import advise
 from .denoiser import HostDenoiser, prediction_of, zero_terminal_note
 from .examples import HostExamples
+from .families import check_family
 from .layers import weight_reader
 from .loan import Loan, borrow, undisturbed
 from .patched import trainable_clone
@@ -69,6 +70,7 @@ def train(request: Request) -> Result:
     _check_inputs(request)
     run = open_run(request.run_name, request.if_run_exists)
     with run.locked():
+        check_family(request.model.model)
         patcher, notes = trainable_clone(request.model)
         session = _prepare(request, run, patcher, notes)
         plan = request.plan

@@ -44,6 +44,7 @@ class Batch:
     ``masks`` (B, 1, …) say how much each place of a latent counts, ``weights`` (B,) how much each sample does.
     ``prior`` (B,) marks samples whose target is what the model predicted before training. ``preserved`` holds, for
     samples whose old prediction is to be preserved, the conditioning it is preserved for, None for the others.
+    ``pixels`` is the width times the height of the pictures; without it a place of the latents counts for 8 × 8.
     """
 
     latents: Tensor
@@ -52,6 +53,7 @@ class Batch:
     weights: Tensor | None = None
     prior: Tensor | None = None
     preserved: Sequence[Any] | None = None
+    pixels: int | None = None
 
 
 class Examples(Protocol):
@@ -220,8 +222,8 @@ class Trainer:
         batch, seed = self.examples.batch(position), self.plan.seed
         prediction, settings = self.denoiser.prediction, self.plan.objective
         draws = generator(seed, "timestep", position)
-        places = batch.latents.shape[-1] * batch.latents.shape[-2]
-        times = draw_times(len(batch.latents), prediction, settings, draws, places)
+        pixels = batch.pixels or 64 * batch.latents.shape[-1] * batch.latents.shape[-2]
+        times = draw_times(len(batch.latents), prediction, settings, draws, pixels)
         sigma = self.denoiser.noise_levels(times).to(self.device)
         latents = batch.latents.to(self.device)
         noised = add_noise(latents, sigma, prediction, settings, generator(seed, "noise", position))

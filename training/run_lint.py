@@ -16,13 +16,13 @@ from .dataset.batches import BatchPlan
 from .dataset.lint_rules import LEVELS
 from .dataset.model import Dataset
 from .optimizers.arguments import parse_arguments
-from .optimizers.table import BY_NAME, OPTIMIZERS, OptimizerInfo
+from .optimizers.make import class_of
+from .optimizers.table import BY_NAME, OptimizerInfo
 from .run_rules import RUN_RULES, Change, RunFinding
 from .settings import Plan
 
-STYLE_IMAGES = 50  # a single concept with more pictures is taken for a style
 ANY_RATE = frozenset({"SGD", "SGDScheduleFree", "SGD8bit", BY_NAME})  # steps in proportion to gradients, or anybody's
-DECOUPLE = re.compile(r"\bdecouple\s*=\s*\w+[,;]?")
+LOW_RANK = frozenset({"LoRA", "LoRA-FA", "GLoRA"})  # families whose rank and alpha mean what they mean for a LoRA
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class RunFacts:
 
     @property
     def optimizer(self) -> OptimizerInfo:
-        return OPTIMIZERS[self.plan.optimizer.optimizer]
+        """Its row; one of pytorch_optimizer's by its own name."""
+        return class_of(self.plan.optimizer)[0]
 
     def reads(self, option: str) -> bool:
         """Whether the adapters' family has a rank, an alpha."""
@@ -52,6 +53,15 @@ class RunFacts:
     @property
     def concepts(self) -> list[int]:
         return sorted({self.dataset.samples[index].concept for index in self.dataset.members("training")})
+
+    @property
+    def images(self) -> int:
+        return len(self.dataset.members("training"))
+
+    @property
+    def style(self) -> bool:
+        """A single concept with many pictures is taken for a style."""
+        return len(self.concepts) == 1 and self.images > RUN_RULES["L017"].limits["above"]
 
 
 def facts(plan: Plan, order: BatchPlan, total_steps: int, **model: Any) -> RunFacts:
@@ -81,26 +91,25 @@ def _finds_rate(known: RunFacts) -> Iterator[RunFinding]:
     plan, settings, rate = known.plan, known.plan.optimizer, known.plan.learning_rate
     if not known.optimizer.finds_rate:
         return
-    name, limits = settings.optimizer, RUN_RULES["L001"].limits
+    name, limits = known.optimizer.name, RUN_RULES["L001"].limits
     if not limits["low"] <= rate <= limits["high"]:
         yield _finding("L001", _set("trainer", "learning_rate", 1.0), optimizer=name, rate=rate)
     if settings.schedule != "cosine" and not known.optimizer.schedule_free:
         yield _finding("L002", _set("optimizer", "schedule", "cosine"), optimizer=name, schedule=settings.schedule)
     if plan.alpha != 1 and known.reads("alpha"):
         yield _finding("L003", _set("trainer", "alpha", 1.0), optimizer=name, alpha=plan.alpha)
-    if changes := _arguments(known):
-        yield _finding("L004", *changes, optimizer=name)
+    decouple = next((name for name in ("decouple", "weight_decouple") if name in known.optimizer.arguments), "")
+    if decouple and len(known.optimizer.betas) == 2 and (changes := _arguments(known, decouple)):
+        yield _finding("L004", *changes, optimizer=name, decouple=decouple)
 
 
-def _arguments(known: RunFacts) -> list[Change]:
+def _arguments(known: RunFacts, decouple: str) -> list[Change]:
     """From what such an optimizer is given to what the guide gives it; what is written out was chosen knowingly."""
     settings = known.plan.optimizer
-    if "decouple" not in known.optimizer.arguments:
-        return []
     given, changes = parse_arguments(settings.optimizer_args), []
-    if not given.get("decouple", True):
-        rest = DECOUPLE.sub(" ", settings.optimizer_args).strip()
-        changes.append(_set("optimizer", "optimizer_args", f"{rest} decouple=True".strip()))
+    if not given.get(decouple, True):
+        rest = re.sub(rf"\b{decouple}\s*=\s*\w+[,;]?", " ", settings.optimizer_args).strip()
+        changes.append(_set("optimizer", "optimizer_args", f"{rest} {decouple}=True".strip()))
     if "weight_decay" not in given and settings.weight_decay != 0.1:
         changes.append(_set("optimizer", "weight_decay", 0.1))
     if "betas" not in given and settings.beta2 != 0.99:
@@ -124,6 +133,9 @@ def _rate(known: RunFacts) -> Iterator[RunFinding]:
         limits = RUN_RULES["L006"].limits
         if not limits["low"] <= rate <= limits["high"]:
             yield _finding("L006", _set("trainer", "learning_rate", 1e-4), optimizer=name, rate=rate, **limits)
+        elif (fast := rate * plan.loraplus_ratio) > (limit := RUN_RULES["L008"].limits["above"]):
+            figures = {"fast": fast, "rate": rate, "ratio": plan.loraplus_ratio, "limit": limit}
+            yield _finding("L008", _set("adapter", "loraplus_ratio", 1.0), **figures)
         if settings.schedule == "constant" and known.total_steps >= RUN_RULES["L060"].limits["steps"]:
             yield _finding("L007", _set("optimizer", "schedule", "cosine with restarts"))
 
@@ -143,13 +155,16 @@ def _adapter(known: RunFacts) -> Iterator[RunFinding]:
     if algorithm == "LoHa" and rank > limit:
         yield _finding("L011", _set("trainer", "rank", int(limit)), rank=rank, square=rank * rank, limit=limit)
     limit = RUN_RULES["L010"].limits["above"]
-    if algorithm in ("LoRA", "LoRA-FA") and rank > limit:
+    if algorithm in LOW_RANK and rank > limit:
         yield _finding("L010", _set("trainer", "rank", 32), rank=rank, limit=limit)
+    limit = RUN_RULES["L015"].limits["below"]
+    if algorithm in LOW_RANK and rank < limit:
+        yield _finding("L015", _set("trainer", "rank", 8), rank=rank, limit=limit)
     limit = RUN_RULES["L012"].limits["above"]
     if settings.conv_rank > limit and known.reads("rank"):
         yield _finding("L012", _set("adapter", "conv_rank", int(limit)), rank=settings.conv_rank, limit=limit)
     strength = abs(plan.alpha) / rank
-    low_rank = algorithm in ("LoRA", "LoRA-FA", "LoHa", "GLoRA") and not settings.rs_lora
+    low_rank = algorithm in (*LOW_RANK, "LoHa") and not settings.rs_lora
     if low_rank and not known.optimizer.finds_rate and strength < RUN_RULES["L013"].limits["below"]:
         yield _finding("L013", _set("trainer", "alpha", float(rank)), alpha=plan.alpha, rank=rank, strength=strength)
     if algorithm == "LoKr" and settings.factor != -1:
@@ -180,7 +195,12 @@ def _adapter(known: RunFacts) -> Iterator[RunFinding]:
 
 
 def _convolutions(known: RunFacts) -> Iterator[RunFinding]:
-    settings = known.plan.adapter
+    plan, settings = known.plan, known.plan.adapter
+    if settings.algorithm == "LoRA" and settings.conv_rank:
+        limits = RUN_RULES["L016"].limits
+        usual = plan.rank * (limits["share"] if plan.rank > limits["rank"] else 1)
+        if plan.alpha > usual:
+            yield _finding("L016", _set("trainer", "alpha", float(usual)), alpha=plan.alpha, rank=plan.rank)
     low, high = RUN_RULES["L014"].limits["rank"], RUN_RULES["L012"].limits["above"]
     if low < settings.conv_rank <= high and known.reads("rank"):
         yield _finding(
@@ -190,6 +210,15 @@ def _convolutions(known: RunFacts) -> Iterator[RunFinding]:
             rank=settings.conv_rank,
             alpha=settings.conv_alpha,
         )
+
+
+def _style(known: RunFacts) -> Iterator[RunFinding]:
+    settings = known.plan.adapter
+    algorithm, partly = settings.algorithm, settings.layers in ("attention", "attention+MLP")
+    if known.style and (algorithm not in ("LoRA", "GLoRA", "IA3") or (algorithm == "LoRA" and partly)):
+        changes = (_set("adapter", "algorithm", "LoRA"), _set("adapter", "layers", "full"))
+        figures = {"images": known.images, "algorithm": algorithm, "layers": settings.layers}
+        yield _finding("L017", *(each for each in changes if getattr(settings, each.option) != each.value), **figures)
 
 
 def _data(known: RunFacts) -> Iterator[RunFinding]:
@@ -205,9 +234,8 @@ def _data(known: RunFacts) -> Iterator[RunFinding]:
         limit = RUN_RULES["L032"].limits["below"]
         if plan.rank < limit and plan.adapter.algorithm == "LoRA":
             yield _finding("L032", _set("trainer", "rank", int(limit)), count=count, rank=plan.rank, limit=limit)
-    images = len(dataset.members("training"))
     low, high = RUN_RULES["L033"].limits, RUN_RULES["L034"].limits
-    wanted = low["style"] if len(concepts) == 1 and images > STYLE_IMAGES else low["wanted"]
+    wanted = low["style"] if known.style else low["wanted"]
     figures = {"shown": known.presentations, "wanted": low["wanted"], "style": low["style"]}
     if known.presentations < low["low"] * wanted:
         yield _finding("L033", *_length(known, wanted), **figures)
@@ -216,7 +244,7 @@ def _data(known: RunFacts) -> Iterator[RunFinding]:
     if plan.batch_size > RUN_RULES["L037"].limits["above"]:
         limit = RUN_RULES["L037"].limits["above"]
         yield _finding("L037", _set("trainer", "batch_size", 4), batch=plan.batch_size, limit=limit)
-    if not dataset.members("validation") and images >= RUN_RULES["L061"].limits["images"]:
+    if not dataset.members("validation") and known.images >= RUN_RULES["L061"].limits["images"]:
         yield _finding("L061", _set("dataset", "validation_split", 0.1))
     if not plan.run.save_every and known.total_steps >= RUN_RULES["L060"].limits["steps"]:
         yield _finding("L060", _set("run", "save_every", max(1, known.total_steps // 8)))
@@ -252,6 +280,13 @@ def _objective(known: RunFacts) -> Iterator[RunFinding]:
         yield _finding("L042", _set("objective", "noise_offset", 0.05), offset=settings.noise_offset, limit=limit)
 
 
+def _precision(known: RunFacts) -> Iterator[RunFinding]:
+    if known.plan.run.parameter_dtype == "bf16":
+        yield _finding("L063", _set("run", "parameter_dtype", "fp32"))
+    if known.plan.run.compute_dtype == "fp32":
+        yield _finding("L064", _set("run", "compute_dtype", "automatic"))
+
+
 def _text(known: RunFacts) -> Iterator[RunFinding]:
     components, model = known.plan.components, known.plan.learning_rate
     for number, (rate, stop) in enumerate(zip(components.encoder_rates, components.encoder_stops, strict=True), 1):
@@ -266,4 +301,7 @@ def _text(known: RunFacts) -> Iterator[RunFinding]:
             yield _finding("L051", change, number=number, steps=known.total_steps)
 
 
-_CHECKS = (_finds_rate, _rate, _warmup, _adapter, _convolutions, _data, _resolution, _objective, _text)
+_CHECKS = (
+    *(_finds_rate, _rate, _warmup, _adapter, _convolutions, _style),
+    *(_data, _resolution, _objective, _precision, _text),
+)

@@ -53,14 +53,18 @@ _TABLE = (
     RunRule("L003", "info", "alpha of adaptive optimizers",
             "{optimizer} is used with alpha 1, this is {alpha:g}: the update is {alpha:g} times as strong", "guide"),
     RunRule("L004", "info", "arguments of adaptive optimizers",
-            "{optimizer} is used with decouple=True, weight_decay 0.1 and betas 0.9, 0.99", "guide"),
+            "{optimizer} is used with {decouple}=True, weight_decay 0.1 and betas 0.9, 0.99", "guide"),
     RunRule("L005", "error", "rate too high",
             "learning_rate {rate:g} is far above what {optimizer} can use; 1 is for optimizers that find their own",
             "guide", {"above": 0.05}),
     RunRule("L006", "info", "rate outside the usual", "learning_rate {rate:g} is outside {low:g} to {high:g}, which "
-            "suits {optimizer} on most models", "sd-scripts", {"low": 1e-5, "high": 1e-3}),
+            "suits {optimizer} on most models", "sd-scripts, below 1e-4 ours", {"low": 1e-5, "high": 1e-3}),
     RunRule("L007", "info", "schedule of Adam", "with Adam the guide uses cosine with restarts, this is constant",
             "guide"),
+    RunRule("L008", "warn", "rate of second factors",
+            "the second factors learn at {fast:.2g}, which is learning_rate {rate:g} × {ratio:g} (LoRA+); above "
+            "{limit:g} the loss may jump: switch LoRA+ off (loraplus_ratio 1) or lower learning_rate", "ours",
+            {"above": 5e-3}),
     RunRule("L010", "warn", "rank higher than useful",
             "rank {rank} is above {limit:g}: 128 is overkill, it fits noise and makes large files", "guide",
             {"above": 64}),
@@ -73,6 +77,15 @@ _TABLE = (
             "alpha = rank or half of it is usual", "OneTrainer, guide", {"below": 0.2}),
     RunRule("L014", "info", "convolutions", "conv_rank {rank} with conv_alpha {alpha:g}: the guide uses 16 and 1",
             "guide", {"rank": 16}),
+    RunRule("L015", "info", "rank lower than usual",
+            "rank {rank} is below {limit:g}: 8 is enough for familiar things, 16 to 32 for new ones",
+            "sd-scripts, guide", {"below": 4}),
+    RunRule("L016", "info", "LoCon alpha",
+            "alpha {alpha:g} with rank {rank}: the guide begins a LoCon at 32/32 and gives larger ones half the rank",
+            "guide", {"rank": 32, "share": 0.5}),
+    RunRule("L017", "info", "families for styles",
+            "{images} images of one concept look like a style, and {algorithm} trains {layers}: the guide makes "
+            "styles with LoCon (LoRA on the full layers), GLoRA or (IA)³", "guide", {"above": 50}),
     RunRule("L020", "info", "LoKr factor",
             "LoKr with factor {factor}: −1 makes the smallest files, 8 or so larger and stronger ones",
             "guide, LyCORIS", {"low": 4, "high": 16}),
@@ -105,7 +118,7 @@ _TABLE = (
     RunRule("L036", "info", "resolution below the model",
             "images are trained at {side:.0f} pixels at most, {architecture} was made at {native}: details stay soft",
             "ours", {"factor": 0.6}),
-    RunRule("L037", "warn", "batch size", "batch_size {batch} is above {limit:g}", "guide", {"above": 8}),
+    RunRule("L037", "info", "batch size", "batch_size {batch} is above {limit:g}", "guide", {"above": 4}),
     RunRule("L040", "info", "min-SNR alone",
             "min_snr_gamma without debiased: the guide uses both on noise-prediction models (they multiply)", "guide"),
     RunRule("L041", "info", "min-SNR γ", "min_snr_gamma is {gamma:g}; 5 is what its paper and the guide use",
@@ -129,6 +142,11 @@ _TABLE = (
             "ours", {"images": 20}),
     RunRule("L062", "warn", "warm-up longer than useful",
             "warmup_steps take {share:.0%} of the run", "ours", {"above": 0.3}),
+    RunRule("L063", "info", "adapters in half precision",
+            "parameter_dtype is bf16: adapters are small, so fp32 costs little and is exact", "OneTrainer"),
+    RunRule("L064", "info", "computing in full precision",
+            "compute_dtype is fp32: others train in bf16 or fp16 with half the activation memory and several times "
+            "the speed on a GPU", "sd-scripts, guide"),
 )  # fmt: skip
 RUN_RULES: Mapping[str, RunRule] = {rule.id: rule for rule in _TABLE}
 

@@ -60,6 +60,15 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+# ---------------------------------------------------------------- sizes
+
+
+def test_a_batch_knows_the_size_of_its_pictures(folder, parts):
+    examples = prepared(opened(folder, 64, 16), parts)
+    batch, (width, height) = examples.batch(0), examples.order.items[0].bucket
+    assert batch.pixels == width * height == batch.conditioning[0].target_size[0] * batch.conditioning[0].target_size[1]
+
+
 # ---------------------------------------------------------------- masks and weights
 
 

@@ -3,6 +3,9 @@
 What a cell has to show is in ``family_cell.py``; ``make soak`` runs the whole product (bench/results/families.md).
 """
 
+import copy
+
+import comfy.model_base
 import pytest
 import torch
 from comfy.model_base import ModelType, model_sampling
@@ -10,6 +13,7 @@ from comfy.model_base import ModelType, model_sampling
 import tiny
 from family_cell import FEW, VARIANTS, Cell, fits, model, prediction, relative, samples
 from lora_loom.host.denoiser import HostDenoiser, UnsupportedModelError, prediction_of
+from lora_loom.host.families import PROVEN, check_family
 from lora_loom.host.loan import borrow
 from lora_loom.kernels.registry import FAMILIES
 
@@ -64,6 +68,37 @@ def test_a_lent_model_predicts_what_the_host_does(name):
         found = host.apply_model(noisy, sigma, transformer_options={"sigmas": sigma}, **prepared)
         wanted = host.model_sampling.calculate_denoised(sigma, ours.float(), noisy)
     assert relative(wanted, found) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_the_table_are_offered(name):
+    check_family(model(name).model)
+
+
+def test_every_family_that_is_offered_is_in_the_table():
+    """What only a newer host has is in the table there."""
+    here = {kind for kind in PROVEN if hasattr(comfy.model_base, kind)}
+    assert here == {type(model(name).model).__name__ for name in MODELS}
+
+
+def test_other_families_are_refused_by_name():
+    class StableAudio1(comfy.model_base.BaseModel):
+        pass
+
+    other = copy.copy(model("sd15").model)
+    other.__class__ = StableAudio1
+    with pytest.raises(UnsupportedModelError, match="of the kind StableAudio1 are not trained yet.*Stable Diffusion 1"):
+        check_family(other)
+
+
+def test_models_that_are_given_a_picture_are_refused():
+    painting = tiny.tiny("sd15").model
+    painting.set_inpaint()
+    filling = tiny.tiny("flux").model
+    filling.diffusion_model.img_in.weight = torch.nn.Parameter(torch.zeros(filling.diffusion_model.hidden_size, 384))
+    for other in (painting, filling):
+        with pytest.raises(UnsupportedModelError, match="inpainting, image-to-video or control model"):
+            check_family(other)
 
 
 KINDS = [kind for kind in ("EDM", "IMG_TO_IMG", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM") if hasattr(ModelType, kind)]

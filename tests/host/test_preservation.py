@@ -76,7 +76,7 @@ class Parts:
             kind = denoiser.prediction
             latents = batch.latents
             times = draw_times(
-                len(latents), kind, plan.objective, generator(SEED, "timestep", position), latents[0, 0].numel()
+                len(latents), kind, plan.objective, generator(SEED, "timestep", position), batch.pixels
             )
             self.sigma = denoiser.noise_levels(times)
             noise = torch.randn(latents.shape, generator=generator(SEED, "noise", position))

@@ -1,5 +1,6 @@
 """The training loop on a toy network: repeatable to the bit, resumable to the bit, safe when it diverges."""
 
+import dataclasses
 import math
 import random
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from lora_loom.training.learners import Component
 from lora_loom.training.loop import Batch, Trainer, TrainingDivergedError, generator
 from lora_loom.training.objective import Prediction
 from lora_loom.training.schedules import rate_factor
-from lora_loom.training.settings import AdapterSettings, OptimizerSettings, Plan
+from lora_loom.training.settings import AdapterSettings, ObjectiveSettings, OptimizerSettings, Plan
 
 
 class Layer:
@@ -91,6 +92,23 @@ def weights(trainer):
 
 def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# -- what is drawn
+
+
+def test_the_shift_by_resolution_is_told_the_pixels():
+    """Not how many places an autoencoder makes of them."""
+    losses = {}
+    for pixels in (None, 64, 1024 * 1024):
+        trainer = start(prediction=Prediction.FLOW)
+        trainer.plan = dataclasses.replace(trainer.plan, objective=ObjectiveSettings(timestep_shift="resolution"))
+        known = trainer.examples.batch
+        trainer.examples.batch = lambda position, known=known, pixels=pixels: dataclasses.replace(
+            known(position), pixels=pixels
+        )
+        losses[pixels] = trainer.step().loss
+    assert losses[None] == losses[64] != losses[1024 * 1024], "a place of latents is 8 × 8 where nothing is said"
 
 
 # -- repeatable

@@ -29,7 +29,7 @@ ONLY_FOR = {
         "off; if the MODEL does predict v, say so with a ModelSamplingDiscrete node",
     ),
 }
-PLACES = (32**2, 256**2)  # of latents, about the smallest and the largest pictures anybody trains
+PIXELS = (256**2, 2048**2)  # about the smallest and the largest pictures anybody trains
 
 
 def check_objective(settings: ObjectiveSettings, prediction: Prediction) -> None:
@@ -46,5 +46,5 @@ def check_objective(settings: ObjectiveSettings, prediction: Prediction) -> None
             f"logit_mean and logit_std have no effect: timesteps is {settings.timesteps}, which is {kind} for a MODEL "
             f"that {WHAT[prediction]}. Set them to 0 and 1, or timesteps to logit-normal"
         )
-    for places in PLACES:
-        check_range(prediction, settings, time_shift(settings, places))
+    for pixels in PIXELS:
+        check_range(prediction, settings, time_shift(settings, pixels))

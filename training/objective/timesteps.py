@@ -27,6 +27,7 @@ from .prediction import Prediction
 RARE = 1e-9  # a range that holds less than this part of the draws is a mistake
 ROUNDING = 1e-7  # float32 must not take a time for the end of its range
 FLUX_TOKENS, FLUX_MU = (256, 4096), (0.5, 1.15)
+TOKEN = 16 * 16  # pixels of a Flux token
 ROOM = (0.0, 1.0)
 Time = TypeVar("Time", float, Tensor)
 
@@ -129,14 +130,14 @@ def resolved(prediction: Prediction, settings: ObjectiveSettings) -> str:
     return "logit-normal" if prediction.is_flow else "uniform"
 
 
-def time_shift(settings: ObjectiveSettings, places: int) -> float:
-    """s; for latents of ``places`` = height · width, of which a token of the model covers 2 × 2."""
+def time_shift(settings: ObjectiveSettings, pixels: int) -> float:
+    """s; for pictures of ``pixels`` = height · width, counted in tokens of Flux whatever the model cuts them into."""
     if settings.timestep_shift == "fixed":
         return settings.shift
     if settings.timestep_shift == "none":
         return 1.0
     (few, many), (low, high) = FLUX_TOKENS, FLUX_MU
-    return math.exp(low + (high - low) * (places / 4 - few) / (many - few))
+    return math.exp(low + (high - low) * (pixels / TOKEN - few) / (many - few))
 
 
 def shifted(time: Time, shift: float) -> Time:
@@ -145,13 +146,13 @@ def shifted(time: Time, shift: float) -> Time:
 
 
 def draw_times(
-    count: int, prediction: Prediction, settings: ObjectiveSettings, draws: torch.Generator, places: int = 0
+    count: int, prediction: Prediction, settings: ObjectiveSettings, draws: torch.Generator, pixels: int = 0
 ) -> Tensor:
     """Positions (count,) in [0, 1), 0 being clean; float64 on the CPU.
 
-    ``places`` is the height times the width of the latents, for shifts that depend on it.
+    ``pixels`` is the height times the width of the pictures, for shifts that depend on it.
     """
-    shift = time_shift(settings, places)
+    shift = time_shift(settings, pixels)
     check_range(prediction, settings, shift)
     times = distribution(prediction, settings).draw(count, *_before_shift(settings, shift), draws)
     return shifted(times, shift).clamp(settings.min_timestep / 1000, settings.max_timestep / 1000 - ROUNDING)

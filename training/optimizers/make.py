@@ -26,7 +26,7 @@ from torch import Tensor
 from ..options import OptionError
 from .arguments import known_arguments, read_arguments
 from .state import pack, unpack
-from .table import BY_NAME, OPTIMIZERS, OptimizerInfo, offered
+from .table import BY_NAME, OPTIMIZERS, PARAMETER_FREE, OptimizerInfo, offered
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,11 @@ def _build(settings: Any, groups: Sequence[dict[str, Any]]) -> torch.optim.Optim
 
 
 def _by_name(row: OptimizerInfo, module: Any, asked: str) -> tuple[OptimizerInfo, type[torch.optim.Optimizer]]:
-    """The row of one of the package's optimizers, made from what its class says of itself."""
+    """The row of one of the package's optimizers, made from what its class says of itself.
+
+    Those that begin at a first guess ``d0`` (Prodigy, D-Adaptation) find one rate for all of their tensors. They take
+    others and use the first, which nobody would notice.
+    """
     names = sorted(module.get_supported_optimizers())
     if asked.lower() not in names:
         near = difflib.get_close_matches(asked.lower(), names, 5) or names
@@ -210,13 +214,16 @@ def _by_name(row: OptimizerInfo, module: Any, asked: str) -> tuple[OptimizerInfo
     if "params" not in inspect.signature(kind).parameters:
         raise OptionError(f"optimizer_name is {asked!r}, expected one that is given parameters: it wants a whole model")
     known = known_arguments(kind)
-    betas = known.get("betas")
+    betas, finds_rate = known.get("betas"), "d0" in known or kind.__name__ in PARAMETER_FREE
     own = dataclasses.replace(
         row,
         name=kind.__name__,
         betas=betas if isinstance(betas, tuple) else (),
         decay="weight_decay" in known,
         epsilon=isinstance(known.get("eps"), float),
+        arguments={"weight_decouple": True} if finds_rate and "weight_decouple" in known else {},
+        finds_rate=finds_rate,
+        one_rate="d0" in known,
         schedule_free=callable(getattr(kind, "train", None)),
     )
     return own, kind

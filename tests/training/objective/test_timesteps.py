@@ -126,14 +126,13 @@ def test_each_time_takes_one_draw_whatever_is_set(name):
     draw(7, generator=plain, dtype=torch.float64)
     for more in ({}, {"min_timestep": 100, "max_timestep": 800}, {"timestep_shift": "resolution"}):
         used = seeded(1)
-        draw_times(7, V, ObjectiveSettings(**options, **more), used, places=4096)
+        draw_times(7, V, ObjectiveSettings(**options, **more), used, pixels=512 * 512)
         assert torch.equal(used.get_state(), plain.get_state())
 
 
-@pytest.mark.parametrize("pixels, expected", ((512, 1.88), (768, 2.33), (1024, 3.16), (1536, 7.51)))
-def test_shift_by_resolution(pixels, expected):
+@pytest.mark.parametrize("side, expected", ((512, 1.88), (768, 2.33), (1024, 3.16), (1536, 7.51)))
+def test_shift_by_resolution(side, expected):
     settings = ObjectiveSettings(timestep_shift="resolution")
-    side = pixels // 8
     assert time_shift(settings, side * side) == pytest.approx(expected, abs=0.005)
     plain = draw_times(100, FLOW, ObjectiveSettings(), seeded(), side * side)
     moved = draw_times(100, FLOW, settings, seeded(), side * side)

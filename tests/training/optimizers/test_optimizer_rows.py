@@ -190,6 +190,59 @@ def test_one_rate_is_enough_for_some():
             assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.5, 1.0, 1.0]
 
 
+ONE_RATE = ("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptLion", "DAdaptAdaGrad", "DAdaptAdan")  # of pytorch_optimizer
+
+
+def named(name, **options):
+    return OptimizerSettings("pytorch_optimizer", optimizer_name=name, **options)
+
+
+@pytest.mark.parametrize("name", ONE_RATE)
+def test_a_packages_optimizers_with_one_rate_are_known_by_any_spelling(name):
+    """The class itself says nothing: it takes two rates and uses one. So it is refused, as our own rows are."""
+    kind = class_of(named(name))[1]
+    tensors = [torch.zeros(4, 4), torch.zeros(4, 4)]
+    theirs = kind([{"params": [one], "lr": rate} for one, rate in zip(tensors, (1.0, 0.5), strict=True)])
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        gradient = torch.randn(4, 4, generator=draws)
+        for one in tensors:
+            one.grad = gradient.clone()
+        theirs.step()
+    assert tensors[0].any() and torch.equal(*tensors)
+    for spelling in (name, name.lower(), name.upper()):
+        row, _ = class_of(named(spelling))
+        assert (row.name, row.finds_rate, row.one_rate) == (name, True, True)
+        groups = [{"params": [one], "lr": rate} for one, rate in zip(start(), (1.0, 0.5, 1.0, 1.0), strict=True)]
+        with pytest.raises(OptionError, match=f"^optimizer is '{name}', expected .*loraplus_ratio"):
+            make_optimizer(named(spelling), groups)
+        make_optimizer(named(spelling), [group | {"lr": 1.0} for group in groups])
+
+
+def test_of_a_packages_optimizers_those_that_find_their_rate_are_known():
+    """AdamG calls itself parameter-free and takes a rate per group; others whose rate is 1 (AdaDelta) find none."""
+    import pytorch_optimizer
+
+    found = set()
+    for name in pytorch_optimizer.get_supported_optimizers():
+        try:
+            row, _ = class_of(OptimizerSettings(optimizer="pytorch_optimizer", optimizer_name=name))
+        except OptionError:
+            continue
+        if row.finds_rate:
+            found.add(row.name)
+            assert row.one_rate == (row.name != "AdamG")
+    assert found == {*ONE_RATE, "AdamG"}
+
+
+def test_their_weight_decay_is_decoupled_as_the_widget_says():
+    """As Prodigy's and DAdaptAdam's own rows have it; optimizer_args may say otherwise."""
+    for name in (*ONE_RATE, "AdamG"):
+        for text, decoupled in (("", True), ("weight_decouple=False", False)):
+            made = make_optimizer(named(name, optimizer_args=text), [{"params": start(), "lr": 1.0}])
+            assert made.param_groups[0]["weight_decouple"] is decoupled
+
+
 def test_what_is_not_installed_is_not_offered_and_says_how_to_get_it(monkeypatch):
     from lora_loom.training.optimizers import table
 
