@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import comfy.model_base
 import torch
 from torch import Tensor
 
@@ -36,7 +37,8 @@ TEXT_BUDGET = 1 << 30  # bytes of encoded captions kept
 PICTURE_BUDGET = 8 << 30  # bytes of latents kept beyond those of one span
 SPAN_STEPS = 2000  # how far ahead is encoded at most: further off, a stopped run would have encoded for nothing
 # distilled guidance is an input of some models; training at 1 teaches the model itself
-GUIDANCE = {"guidance": 1.0}
+GUIDANCE = 1.0
+NO_GUIDANCE = 0.0  # what Chroma is given, which has the input and was not distilled
 
 
 class HostExamples:
@@ -54,6 +56,7 @@ class HostExamples:
         live: LiveText | None = None,
     ) -> None:
         self.dataset, self.order, self.clip = with_still_validation(dataset), order, clip
+        self.guidance = NO_GUIDANCE if isinstance(patcher.model, comfy.model_base.Chroma) else GUIDANCE
         self.accumulation, self.total_steps = plan.optimizer.gradient_accumulation, total_steps
         self.live = live
         self.wording = Wording(self.dataset, order, plan, total_steps)
@@ -252,7 +255,7 @@ class HostExamples:
         context, extras = encoded
         base = None if untrained is None else self._conditioning(item, picture, untrained)
         size = self.dataset.samples[item.sample].size
-        return Conditioning(context, {**GUIDANCE, **extras}, size, picture.crop, item.bucket, base)
+        return Conditioning(context, {"guidance": self.guidance, **extras}, size, picture.crop, item.bucket, base)
 
     def _batch(
         self,

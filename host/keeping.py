@@ -10,8 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,15 +95,22 @@ def restore(session: Session, trainer: Trainer) -> None:
             tensor.copy_(tensors[_FIXED + name])
     session.kept = trainer.step_number
     session.notes.append(f"went on with run {run.name!r} after step {trainer.step_number}")
+    changed = compare(facts["recipe"], session.recipe)
     measured = [(step, {float(time): loss for time, loss in losses}) for step, losses in facts["validation"]]
-    if not measured or trainer.finished or _measures_the_same(facts["recipe"], session.recipe):
+    if not measured or trainer.finished or not changed.measures:
         session.validation = measured
     else:
-        session.notes.append("held-out pictures are measured anew from here on: seed, dataset or objective changed")
+        why = "seed, dataset, objective or base changed"
+        session.notes.append(f"held-out pictures are measured anew from here on: {why}")
     for fault in saved.damaged:
         session.notes.append(f"a newer state of it is of no use: {fault}")
-    if changed := compare(facts["recipe"], session.recipe).accepted:
-        session.notes.append(f"changed since then, from here on: {', '.join(changed)}")
+    if changed.accepted:
+        session.notes.append(f"changed since then, from here on: {', '.join(changed.accepted)}")
+    if changed.base:
+        session.notes.append(
+            f"another base since then: {', '.join(changed.base)}. A run that goes on with it ends with another LoRA "
+            "than one that was never interrupted"
+        )
     fraction = any(0 < concept.captions.warmup_steps < 1 for concept in session.request.dataset.concepts)
     if fraction and trainer.total_steps != facts["total"]:
         session.notes.append("warmup_steps of the captions is a part of the run, which has another length now")
@@ -113,12 +118,6 @@ def restore(session: Session, trainer: Trainer) -> None:
         session.notes.append("the run is complete, nothing was trained; a greater length goes on with it")
     elif session.stalled:
         session.notes.append(f"the run had ended: {_stalled(session)}; set early_stop to 0 to go on with it")
-
-
-def _measures_the_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether validation losses of two recipes can be compared: same pictures, noise and noise levels."""
-    kept = [(one["seed"], one["dataset"], one["objective"]["zero_terminal_snr"]) for one in (before, now)]
-    return kept[0] == kept[1]
 
 
 def _fixed(session: Session) -> dict[str, Tensor]:

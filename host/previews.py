@@ -166,4 +166,3 @@ def contact_sheet(rows: list[list[Image.Image]], gap: int = 2) -> Image.Image:
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * (width + gap), y * (height + gap)))
     return sheet
-

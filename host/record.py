@@ -22,7 +22,7 @@ from ..kernels.writing import to_state_dict
 from ..training.continuing import Segment
 from ..training.dataset.captions import tags
 from ..training.dataset.describe import options
-from ..training.dataset.model import Dataset
+from ..training.dataset.model import Concept, Dataset
 from ..training.estimate import Estimate
 from ..training.learners import MODEL, Component, groups
 from ..training.logs import Log, band_names
@@ -30,6 +30,7 @@ from ..training.loop import Trainer
 from ..training.runstate import Found
 from ..training.settings import Plan
 from .denoiser import prediction_of
+from .fingerprints import base_of
 from .identify import architecture
 from .previews import Previews
 from .runs import Run
@@ -136,17 +137,37 @@ def identity(session: Session) -> dict[str, Any]:
 
 def recipe(request: Request) -> dict[str, Any]:
     """What the run is made of, as JSON gives it back."""
-    dataset = request.dataset
-    whole = {
-        **dataclasses.asdict(request.plan),
-        "dataset": {
-            "fingerprint": dataset.fingerprint(),
-            "images": len(dataset.samples),
-            "resolution": dataset.resolution,
-            "options": options(dataset),
-        },
-    }
+    base = base_of(request.model, request.clip, request.vae)
+    whole = {**dataclasses.asdict(request.plan), "dataset": _facts(request.dataset), "base": base}
     return json.loads(json.dumps(whole))
+
+
+def _facts(dataset: Dataset) -> dict[str, Any]:
+    """``fingerprint`` is of everything, the others say what of it is different."""
+    pictures = [
+        (sample.id, sample.concept, sample.focus, sample.picture.fingerprint, sample.mask and sample.mask.fingerprint)
+        for sample in dataset.samples
+    ]
+    return {
+        "fingerprint": dataset.fingerprint(),
+        "images": len(dataset.samples),
+        "resolution": dataset.resolution,
+        "concepts": [_concept(number, concept) for number, concept in enumerate(dataset.concepts, 1)],
+        "options": options(dataset),
+        "pictures": _hash(pictures),
+        "captions": _hash([sample.caption for sample in dataset.samples]),
+    }
+
+
+def _concept(number: int, concept: Concept) -> str:
+    """What ``options`` leaves out."""
+    sizes = " ".join(f"{width}×{height}" for width, height in concept.resolutions)
+    steps = f"{sizes} in steps of {concept.buckets.step}"
+    return f"{concept.name or f'concept {number}'}: {concept.kind}, {steps}, repeats {concept.repeats}"
+
+
+def _hash(facts: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def lora(session: Session, trainer: Trainer) -> LoraModel:

@@ -1,7 +1,7 @@
 """What may be different when a run is gone on with, and what its learning rate does from there.
 
-* ``RULES``: for every option and every fact of the dataset, whether a change is accepted and what it means, or why it
-  is refused. This table is the documentation; a test holds it complete.
+* ``RULES``: for every option and every fact of the dataset and of the base (MODEL, CLIP and VAE), whether a change is
+  accepted and what it means, or why it is refused. This table is the documentation; a test holds it complete.
 * ``compare``: the differences between what a run was made with and what it shall go on with, judged by that table.
 * ``next_segments``: the learning-rate schedule of a continued run. Where the schedule can simply go on, the run equals
   one that never stopped; otherwise a new schedule begins at the joint.
@@ -22,6 +22,7 @@ VERDICTS = {
     "no matter": "changes nothing in what is learned",
     "from here": "accepted, takes effect from the step at which the run goes on",
     "schedule": "accepted, a new learning-rate schedule begins at the step at which the run goes on",
+    "another base": "accepted and told apart: the LoRA is no longer that of a run which was never interrupted",
     "on or off": "accepted as long as it is not switched on or off by it",
     "refused": "another run, for the reason given",
 }
@@ -79,35 +80,67 @@ RULES: dict[str, Rule] = {
     # which presets filled the settings
     **_rules("no matter", "preset adapter.preset optimizer.preset objective.preset run.preset components.preset"),
     # the dataset
-    **_rules("from here", "dataset.fingerprint dataset.images dataset.resolution dataset.options"),
+    **_rules("from here", "dataset.images dataset.resolution dataset.concepts dataset.options"),
+    **_rules("from here", "dataset.pictures dataset.captions"),
+    **_rules("from here", "dataset.fingerprint", "of everything; told where nothing else says what is different"),
+    # the base: people change it on purpose, as for a second stage. Another architecture is refused, as no layer fits
+    **_rules("another base", "base.weights base.loras base.sampling", "LoRAs are those applied before the trainer"),
+    **_rules("another base", "base.text_encoder base.text_encoder_loras base.clip_skip"),
+    **_rules("another base", "base.vae", "latents are encoded anew"),
 }
+LUMP = "dataset.fingerprint"
+_WORDS = {  # of facts that are hashes, which would tell nobody anything
+    LUMP: "the dataset's images, captions or options",
+    "dataset.pictures": "the dataset's images, masks or their concepts",
+    "dataset.captions": "the dataset's captions",
+    "base.weights": "the weights of the MODEL",
+    "base.loras": "the LoRAs on the MODEL",
+    "base.sampling": "the prediction or noise levels of the MODEL",
+    "base.text_encoder": "the weights of the CLIP",
+    "base.text_encoder_loras": "the LoRAs on the CLIP",
+    "base.vae": "the weights of the VAE",
+}
+_FACTS = ("dataset.", "base.")  # they have no defaults: what a saved run does not tell of cannot be compared
+_MEASURING = (*_FACTS, "seed", "objective.zero_terminal_snr")  # same pictures, noise and noise levels
 
 
 @dataclass
 class Differences:
-    """``accepted`` and ``refused`` as text for the user; ``schedule`` whether the learning rate has to begin anew."""
+    """``accepted``, ``base`` and ``refused`` as text for the user; ``schedule`` whether the learning rate has to begin
+    anew, ``measures`` whether validation losses can no longer be compared."""
 
     accepted: list[str] = field(default_factory=list)
+    base: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     schedule: bool = False
+    measures: bool = False
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
-    """What is different, both given as recipes (what ``dataclasses.asdict`` makes of a plan, and a "dataset")."""
+    """What is different, both given as recipes (what ``dataclasses.asdict`` makes of a plan, "dataset" and "base")."""
     found, old, given = Differences(), dict(_flat(before)), dict(_flat(now))
-    for name, value in given.items():
-        was = old.get(name, _default(name))  # the options of later versions had their defaults
-        if was == value:
-            continue
-        rule = RULES[name]
+    changed = [name for name in given if _changed(name, old, given)]
+    if LUMP in changed and "dataset.pictures" in old and any(n.startswith("dataset.") and n != LUMP for n in changed):
+        changed.remove(LUMP)
+    for name in changed:
+        was, value, rule = old.get(name, _default(name)), given[name], RULES[name]
         switched = rule.verdict == "on or off" and bool(was) != bool(value)
         if rule.verdict == "refused" or switched:
             reason = rule.reason or _TRAINED
             found.refused.append(f"another {name.rpartition('.')[2]} ({was!r}, now {value!r}): {reason}")
+        elif rule.verdict == "another base":
+            found.base.append(_told(name, was, value))
         else:
             found.accepted.append(_told(name, was, value))
-            found.schedule |= rule.verdict == "schedule"
+        found.schedule |= rule.verdict == "schedule"
+        found.measures |= name.startswith(_MEASURING)
     return found
+
+
+def _changed(name: str, old: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """The options of later versions had their defaults, the facts of later versions are not known."""
+    unknown = name not in old and name.startswith(_FACTS)
+    return not unknown and old.get(name, _default(name)) != given[name]
 
 
 def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -125,9 +158,9 @@ def _default(name: str) -> Any:
 
 
 def _told(name: str, was: Any, value: Any) -> str:
+    if name in _WORDS:
+        return _WORDS[name]
     part, _, option = name.rpartition(".")
-    if option == "fingerprint":  # two hashes would tell nobody anything
-        return "the dataset's images, captions or options"
     whose = "the dataset's " if part == "dataset" else ""
     return f"{whose}{option} {was!r} → {value!r}"
 

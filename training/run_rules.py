@@ -84,8 +84,8 @@ _TABLE = (
             "alpha {alpha:g} with rank {rank}: the guide begins a LoCon at 32/32 and gives larger ones half the rank",
             "guide", {"rank": 32, "share": 0.5}),
     RunRule("L017", "info", "families for styles",
-            "{images} images of one concept look like a style, and {algorithm} trains {layers}: the guide makes "
-            "styles with LoCon (LoRA on the full layers), GLoRA or (IA)³", "guide", {"above": 50}),
+            "{images} images of one concept look like a style, this is {algorithm} on the {layers} layers: the guide "
+            "makes styles with LoCon (LoRA on the full layers), GLoRA or (IA)³", "guide", {"above": 50}),
     RunRule("L020", "info", "LoKr factor",
             "LoKr with factor {factor}: −1 makes the smallest files, 8 or so larger and stronger ones",
             "guide, LyCORIS", {"low": 4, "high": 16}),
@@ -145,8 +145,8 @@ _TABLE = (
     RunRule("L063", "info", "adapters in half precision",
             "parameter_dtype is bf16: adapters are small, so fp32 costs little and is exact", "OneTrainer"),
     RunRule("L064", "info", "computing in full precision",
-            "compute_dtype is fp32: others train in bf16 or fp16 with half the activation memory and several times "
-            "the speed on a GPU", "sd-scripts, guide"),
+            "compute_dtype is fp32: others train in bf16 or fp16, which is faster and halves what is kept for backward",
+            "sd-scripts, guide"),
 )  # fmt: skip
 RUN_RULES: Mapping[str, RunRule] = {rule.id: rule for rule in _TABLE}
 

@@ -28,6 +28,7 @@ from lora_loom.training.dataset.model import CaptionOptions
 from lora_loom.training.options import options_of
 from lora_loom.training.presets import KINDS
 from lora_loom.training.settings import Plan
+from tiny_text import tiny_sd3, tiny_sd3_clip
 from training import opened
 
 BASE = {
@@ -164,10 +165,10 @@ CASES: dict[str, Case | str] = {
     "components.train_model": case(False, **TEXT),
     "components.te1_learning_rate": case(1e-2),
     "components.te2_learning_rate": case(1e-2, model="sdxl"),
-    "components.te3_learning_rate": case(1e-2, "te3_learning_rate is 0.01, expected 0"),
+    "components.te3_learning_rate": case(1e-2, model="sd3"),
     "components.te1_stop_after": case(1, **TEXT),
     "components.te2_stop_after": case(1, model="sdxl", components__te2_learning_rate=1e-2),
-    "components.te3_stop_after": case(1, "te3_stop_after is 1, expected 0"),
+    "components.te3_stop_after": case(1, model="sd3", components__te3_learning_rate=1e-2),
     "components.embeddings": case("zorb: 2 fluffy cat"),
     "components.embedding_learning_rate": case(0.1, **WORDS),
     "components.embedding_stop_after": case(1, **WORDS),
@@ -188,7 +189,8 @@ BESIDE_BOTH = {"objective.timestep_curve": {"objective.timesteps": "curve"}}
 @pytest.fixture(scope="module")
 def models():
     with torch.inference_mode():
-        return {name: (tiny_model(name), clip_for(name), vae_for(name)) for name in ("sd15", "sdxl")}
+        found = {name: (tiny_model(name), clip_for(name), vae_for(name)) for name in ("sd15", "sdxl")}
+        return {**found, "sd3": (tiny_sd3(), tiny_sd3_clip(inference=True), vae_for("sd3"))}
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import nodes
-from graph import Graph, clip_for, images, node, tiny_model, training_prompt, vae_for
+from graph import clip_for, images, tiny_model, vae_for
 from lora_loom.host.previews import Previews, PreviewSettings
 from lora_loom.host.record import Request
 from lora_loom.host.session import train

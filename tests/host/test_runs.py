@@ -1,6 +1,7 @@
 """What a run keeps on the way, how it goes on when it is made longer, and what it measures."""
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_what_has_changed_is_told_or_refused(plain):
     recipe = find_state(RUNS / name).facts["recipe"]
     kept = {f"{part}.{key}" for part, value in recipe.items() if isinstance(value, dict) for key in value}
     assert kept | {key for key, value in recipe.items() if not isinstance(value, dict)} == set(RULES)
+
+
+def test_what_of_a_dataset_has_changed_is_told(plain):
+    name, first = next(NAMES), plain.samples[0]
+    run(plain, plan(length=1), name)
+    renamed = dataclasses.replace(plain, samples=(dataclasses.replace(first, caption="other"), *plain.samples[1:]))
+    fewer = dataclasses.replace(renamed, samples=renamed.samples[1:])
+    often = dataclasses.replace(fewer, concepts=(dataclasses.replace(fewer.concepts[0], repeats=Fraction(3)),))
+    lines = []
+    for length, data in enumerate((renamed, fewer, often), 2):
+        report = run(data, plan(length=length), name).report
+        lines += [line.partition(" → ")[2] for line in report.splitlines() if "changed since then" in line]
+    assert lines[0] == "2, the dataset's captions"
+    pictures = "the dataset's images, masks or their concepts"
+    assert lines[1] == f"3, the dataset's images 5 → 4, {pictures}, the dataset's captions"
+    assert lines[2].startswith("4, the dataset's concepts ['zorb: training") and "repeats 1'] → [" in lines[2]
+    assert lines[2].endswith("repeats 3']")
 
 
 def test_an_accepted_change_has_its_effect(plain):

@@ -1,10 +1,13 @@
-"""Tiny text encoders beside those of ``tiny``: what Flux and Z-Image read, width 64, the real tokenizers; and what
+"""Tiny text encoders beside those of ``tiny``: what Flux, SD3 and Z-Image read, width 64, the real tokenizers; and what
 tests that train them share."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import comfy.supported_models_base
 import comfy.text_encoders.flux
+import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.z_image
 import torch
 
@@ -15,6 +18,8 @@ from lora_loom.training.loop import Batch
 from lora_loom.training.settings import ComponentSettings, Plan
 
 T5_CONFIG = {"d_model": 64, "d_kv": 32, "num_heads": 2, "d_ff": 96, "num_layers": 2}
+# SD3 joins the others to a T5 of just this width; its words are those that come first in the vocabulary
+SD3_T5_CONFIG = {**T5_CONFIG, "d_model": 4096, "vocab_size": 1300}
 QWEN_CONFIG = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -30,6 +35,23 @@ def tiny_flux_clip(seed=0, *, inference=False):
     target = comfy.supported_models_base.ClipTarget(host.FluxTokenizer, host.flux_clip(dtype_t5=torch.float32))
     options = {"clip_l_model_config": tiny.CLIP_CONFIG, "t5xxl_model_config": T5_CONFIG}
     return tiny._clip(target, options, seed, inference)
+
+
+def tiny_sd3_clip(seed=0, *, inference=False):
+    """CLIP-L, CLIP-G and T5: three encoders, context 4096 wide, pooled 128."""
+    host = comfy.text_encoders.sd3_clip
+    target = comfy.supported_models_base.ClipTarget(host.SD3Tokenizer, host.sd3_clip(dtype_t5=torch.float32))
+    deeper = {**tiny.CLIP_CONFIG, "num_hidden_layers": 3}
+    three = {"clip_l": deeper, "clip_g": deeper, "t5xxl": SD3_T5_CONFIG}
+    return tiny._clip(target, {f"{name}_model_config": config for name, config in three.items()}, seed, inference)
+
+
+def tiny_sd3():
+    """A MODEL that takes what ``tiny_sd3_clip`` gives."""
+    spec = tiny.SPECS["sd3"]
+    context = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}}
+    settings = {**spec.settings, "adm_in_channels": 128, "context_embedder_config": context}
+    return tiny._build(dataclasses.replace(spec, settings=settings), 0, torch.float32, None, True)
 
 
 def tiny_qwen_clip(seed=0, *, inference=False):

@@ -16,20 +16,36 @@ from lora_loom.training.continuing import (
 from lora_loom.training.options import OptionError
 from lora_loom.training.settings import PARTS, OptimizerSettings, Plan, options_of
 
-DATASET = {"fingerprint": "a", "images": 4, "resolution": 64, "options": ["repeats 2"]}
+OLD = {"fingerprint": "a", "images": 4, "resolution": 64, "options": ["repeats 2"]}  # facts of former versions
+DATASET = {**OLD, "concepts": ["zorb: training"], "pictures": "b", "captions": "c"}
+BASE = {"weights": "d", "loras": "", "sampling": "e", "vae": "f"}
+BASE |= {"text_encoder": "g", "text_encoder_loras": "", "clip_skip": -1}
 
 
 def recipe(plan, **dataset):
-    return json.loads(json.dumps({**dataclasses.asdict(plan), "dataset": {**DATASET, **dataset}}))
+    return json.loads(json.dumps({**dataclasses.asdict(plan), "dataset": {**DATASET, **dataset}, "base": BASE}))
 
 
-def test_the_table_knows_every_option_and_every_fact_of_the_dataset():
+def test_the_table_knows_every_option_and_every_fact_of_dataset_and_base():
     plan = {field.name for field in dataclasses.fields(Plan)} - set(PARTS)
     parts = {f"{part}.{field.name}" for part, kind in PARTS.items() for field in dataclasses.fields(kind)}
-    assert set(RULES) == plan | parts | {f"dataset.{name}" for name in DATASET}
-    assert set(RULES) > set(options_of(Plan)) and "dataset" not in PARTS
+    assert set(RULES) == plan | parts | {f"dataset.{name}" for name in DATASET} | {f"base.{n}" for n in BASE}
+    assert set(RULES) > set(options_of(Plan)) and not {"dataset", "base"} & PARTS.keys()
     assert {rule.verdict for rule in RULES.values()} == set(VERDICTS)
     assert all(rule.reason for rule in RULES.values() if rule.verdict == "refused")
+
+
+SAID = {
+    "dataset.fingerprint": "the dataset's images, captions or options",
+    "dataset.pictures": "the dataset's images, masks or their concepts",
+    "dataset.captions": "the dataset's captions",
+    "base.weights": "the weights of the MODEL",
+    "base.loras": "the LoRAs on the MODEL",
+    "base.sampling": "the prediction or noise levels of the MODEL",
+    "base.text_encoder": "the weights of the CLIP",
+    "base.text_encoder_loras": "the LoRAs on the CLIP",
+    "base.vae": "the weights of the VAE",
+}
 
 
 def changed(value):
@@ -48,10 +64,13 @@ def test_every_difference_is_told_and_judged_by_the_table(name):
     found = compare(before, now)
     verdict = RULES[name].verdict
     refused = verdict == "refused" or (verdict == "on or off" and not old)
-    assert (len(found.refused), len(found.accepted)) == (int(refused), int(not refused))
+    base = verdict == "another base"
+    counts = len(found.refused), len(found.accepted), len(found.base)
+    assert counts == (int(refused), int(not refused and not base), int(base)) and base == (part == "base")
     assert found.schedule == (verdict == "schedule")
-    [text] = found.refused or found.accepted
-    assert "images, captions" in text if option == "fingerprint" else f"{option} " in text
+    assert found.measures == (part in ("dataset", "base") or option in ("seed", "zero_terminal_snr"))
+    [text] = found.refused or found.accepted or found.base
+    assert SAID.get(name, f"{option} ") in text
     assert compare(before, before) == compare(now, now)
     assert not compare(before, before).accepted and not compare(before, before).refused
 
@@ -69,6 +88,23 @@ def test_an_option_that_the_saved_run_did_not_know_had_its_default():
     assert compare(before, now) == compare(now, now)
     now["run"]["ema_decay"] = 0.5
     assert compare(before, now).accepted == ["ema_decay 0.0 → 0.5"]
+
+
+def test_the_whole_dataset_is_only_told_of_where_nothing_says_what_of_it_is_different():
+    before = recipe(Plan())
+    assert compare(before, recipe(Plan(), fingerprint="x", captions="y")).accepted == ["the dataset's captions"]
+    told = compare(before, recipe(Plan(), fingerprint="x", images=5, pictures="y", captions="z")).accepted
+    assert told == ["the dataset's images 4 → 5", SAID["dataset.pictures"], SAID["dataset.captions"]]
+    assert compare(before, recipe(Plan(), fingerprint="x")).accepted == [SAID["dataset.fingerprint"]]
+
+
+def test_a_state_of_a_former_version_says_what_it_knows_and_nothing_of_the_rest():
+    before = {**recipe(Plan()), "dataset": OLD}
+    del before["base"]
+    same = compare(before, recipe(Plan()))
+    assert not (same.accepted or same.base or same.refused or same.measures)
+    told = compare(before, recipe(Plan(), fingerprint="x", resolution=96, captions="y"))
+    assert told.accepted == [SAID["dataset.fingerprint"], "the dataset's resolution 64 → 96"] and told.measures
 
 
 # ---------------------------------------------------------------- the learning rate

@@ -44,6 +44,8 @@ def test_the_guides_presets_say_what_the_guide_says():
         assert preset.options("trainer")["rank"] == 32
         assert preset.options("adapter")["conv_rank"] == 16 and preset.options("adapter")["conv_alpha"] == 1.0
         assert preset.options("objective") == {"min_snr_gamma": 5.0, "debiased": True}
+        parts = {part: settings(part, preset, {}) for part in KINDS if part != "trainer"}
+        assert Plan(**preset.options("trainer"), **parts).loraplus_ratio == 1  # the guide knows no LoRA+
 
 
 def test_what_is_given_wins_and_is_told():

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 BY_NAME = "pytorch_optimizer"  # the row that stands for a whole package: optimizer_name says which
-PARAMETER_FREE = frozenset({"AdamG"})  # of that package: find their rate without the first guess d0 that others begin at
+PARAMETER_FREE = frozenset({"AdamG"})  # of that package: finds its rate without the first guess d0 that others begin at
 
 
 @dataclass(frozen=True)
