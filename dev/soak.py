@@ -1,4 +1,5 @@
-"""Read hostile files, then run the shipped example workflows again and again on one server, and watch its memory.
+"""Read hostile files, kill training runs, train every family; then run a workflow again and again on one server, and
+watch its memory.
 
 ``python dev/soak.py --files 10000``: so many damaged adapter files, each of which must be read or refused.
 ``--kills 100``: so many times a training process is killed; the runs must end with the bits of undisturbed ones.
@@ -24,9 +25,11 @@ from pathlib import Path
 
 import psutil
 
+from demo import CONCEPT, write_dataset
 from live_server import ROOT, Server, live_server
 
-WARM_ROUNDS = 3
+DEMO = ROOT / "example_workflows" / "train_and_apply.json"
+WARM_ROUNDS, TRAINED_STEPS = 3, 20
 
 
 def memory_mib(server: Server) -> float:
@@ -35,8 +38,10 @@ def memory_mib(server: Server) -> float:
 
 
 def reseed(prompt: dict, seed: int) -> dict:
-    """The same prompt with another seed wherever there is one."""
+    """The same prompt with another seed wherever there is one, and a short training."""
     for node in prompt.values():
+        if node["class_type"] == "LoomLoRATrainer":
+            node["inputs"]["length"] = TRAINED_STEPS
         for name in ("seed", "noise_seed", "run_name"):
             value = node["inputs"].get(name)
             if isinstance(value, int):
@@ -78,7 +83,7 @@ def kill_training(count: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workflows", nargs="*", type=Path, help="workflow files (default: all that are shipped)")
+    parser.add_argument("workflows", nargs="*", type=Path, help=f"workflow files (default: {DEMO.name})")
     parser.add_argument("--minutes", type=float, default=float(os.environ.get("SOAK_MINUTES", 20)))
     parser.add_argument("--input", type=Path, help="a folder to serve as the server's input folder")
     parser.add_argument("--allowed-growth", type=float, default=200.0, metavar="MIB")
@@ -91,12 +96,11 @@ def main() -> int:
         return 1
     if options.families and subprocess.run([sys.executable, ROOT / "dev" / "soak_families.py"]).returncode:
         return 1
-    paths = options.workflows or sorted((ROOT / "example_workflows").glob("*.json"))
-    if not paths:
-        parser.error("there is no workflow to run: name one, or add one to example_workflows")
+    paths = options.workflows or [DEMO]
     arguments = ["--input-directory", str(options.input.resolve())] if options.input else []
     memory: list[float] = []
     with live_server(arguments=arguments) as server:
+        write_dataset(server.base / "datasets" / CONCEPT)
         prompts = {path.stem: server.prompt_of(json.loads(path.read_text(encoding="utf-8"))) for path in paths}
         deadline = time.monotonic() + 60 * options.minutes
         while time.monotonic() < deadline or len(memory) <= WARM_ROUNDS:

@@ -171,7 +171,8 @@ def test_the_metadata_tells_how_it_was_made(graph, family, version, architecture
     assert json.loads(told["ss_tag_frequency"]) == {"zorb": {"zorb": 4, **{f"number {n}": 1 for n in range(4)}}}
     assert len(told["sshs_model_hash"]) == 64 and told["modelspec.hash_sha256"] == "0x" + told["sshs_model_hash"]
     recipe = json.loads(told["loom.recipe"])
-    data = recipe.pop("dataset")
+    data, base = recipe.pop("dataset"), recipe.pop("base")
+    assert base["weights"] and base["vae"] and base["loras"] == ""
     assert (data["images"], data["resolution"]) == (4, 64)
     plan = plan_from_json(json.dumps(recipe))
     assert (plan.rank, plan.alpha, plan.seed, plan.learning_rate, plan.batch_size) == (3, 1.5, 11, 2e-3, 2)
