@@ -70,6 +70,9 @@ RUNS = {
 }
 
 
+START_SECONDS = 0.5  # about what a run needs until it has restored what was kept
+
+
 class Campaign:
     """Runs on one tiny model and a dataset whose captions vary."""
 
@@ -114,19 +117,22 @@ class Campaign:
 
     def under_fire(self, name: str, plan: Plan, kills: int, step_seconds: float) -> dict[str, int]:
         """Kill ``name`` at random moments, wherever they fall, then let it finish."""
-        told = {"kills": 0, "in a save": 0, "restarts": 0}
+        told = {"kills": 0, "in a save": 0, "before a step": 0, "restarts": 0}
         while told["kills"] < kills:
             before = last_logged(folder_of(name))
             child = self.start(name, plan)
             told["restarts"] += 1
-            ended = wait_for_step(child, folder_of(name), before)
+            early = folder_of(name).exists() and told["kills"] % 4 == 3  # while it finds and restores what is there
+            ended = not early and wait_for_step(child, folder_of(name), before)
             if not ended:
-                reach = self.draws.choice((0.5, 2.5))  # into the save that follows the step, or anywhere
-                time.sleep(self.draws.uniform(0, reach) * step_seconds)
+                # the restoring, or the save that follows the step, or anywhere
+                reach = START_SECONDS if early else self.draws.choice((0.5, 2.5)) * step_seconds
+                time.sleep(self.draws.uniform(0, reach))
                 os.kill(child, signal.SIGKILL)
                 _, status = os.waitpid(child, 0)
                 ended = not os.WIFSIGNALED(status)
                 assert not ended or status == 0, f"{name}: the training process ended with {status}"
+                told["before a step"] += not ended and last_logged(folder_of(name)) <= before
             if ended:  # it was quicker than the shot: begin anew, so that kills fall everywhere in a run
                 shutil.rmtree(folder_of(name))
                 continue

@@ -21,5 +21,6 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits():
     assert {name: row["differences"] for name, row in rows.items()} == dict.fromkeys(rows, [])
     assert sum(row["kills"] for row in rows.values()) == KILLS and all(row["kills"] > 1 for row in rows.values())
     assert sum(row["in a save"] for row in rows.values()) >= 2, "kills fell between, into steps, and into saves"
+    assert sum(row["before a step"] for row in rows.values()) >= 2, "and into the restoring"
     assert "torch.uint8" in rows["8-bit AdamW"]["dtypes"]
     assert "torch.bfloat16" in rows["EMA, bfloat16, accumulation"]["dtypes"]
