@@ -222,14 +222,14 @@ def test_what_the_node_was_given_is_as_before(graph):
 
 
 def test_a_run_goes_on_as_if_it_had_never_stopped(graph):
-    straight = train(graph, run_name="straight", length=5, if_run_exists="continue")
-    first = train(graph, run_name="in parts", length=2, if_run_exists="continue")
-    second = train(graph, run_name="in parts", length=5, if_run_exists="continue")
+    straight = train(graph, run_name="node straight", length=5, if_run_exists="continue")
+    first = train(graph, run_name="node in parts", length=2, if_run_exists="continue")
+    second = train(graph, run_name="node in parts", length=5, if_run_exists="continue")
     assert not same(first["lora"], second["lora"]) and same(second["lora"], straight["lora"])
     assert second["loss_map"] == straight["loss_map"]
-    assert "went on with run 'in parts' after step 2" in second["report"]
+    assert "went on with run 'node in parts' after step 2" in second["report"]
     assert "length 2 → 5" in second["report"], "what has changed is told"
-    again = train(graph, run_name="in parts", length=4, if_run_exists="continue")
+    again = train(graph, run_name="node in parts", length=4, if_run_exists="continue")
     assert "nothing was trained" in again["report"] and same(again["lora"], second["lora"])
 
 
