@@ -414,13 +414,13 @@ def test_a_file_that_changes_while_it_is_encoded_is_not_kept(folder, parts, monk
     """The key says what the file was when it was asked for."""
     patcher, clip, vae = parts
     encode, path = vae.encode, folder / "0.png"
-    content = path.read_bytes()
 
-    def replaced_meanwhile(pixels):
-        path.write_bytes(content + b"more")
+    def changed_meanwhile(pixels):
+        with open(path, "ab") as file:  # never empty in between: a thread reads ahead
+            file.write(b"more")
         return encode(pixels)
 
-    monkeypatch.setattr(vae, "encode", replaced_meanwhile)
+    monkeypatch.setattr(vae, "encode", changed_meanwhile)
     examples_of(opened(folder, 64, 16), parts, DISK)
     assert len(list(user_folder.rglob("*.safetensors"))) == 2
 
