@@ -8,6 +8,7 @@ A name is, in any case of letters,
 - one of these with a number: ``double_blocks.7``, ``double.7``, ``IN04``, ``M00``, ``OUT3``;
 - or with a range, both ends included: ``IN4-8``, ``IN04-IN08``, ``double_blocks.0-7``, ``single.10-`` (to the last).
 
+In models without such roles ``in``, ``mid`` and ``out`` are the thirds of the trunk, in the model's order.
 Blocks of a role that has a single group are counted as that group counts them, others in the model's order.
 """
 
@@ -21,6 +22,7 @@ from .blocks import Block
 
 BASE = "base"
 ROLES = ("in", "mid", "out", "trunk", "aux")
+THIRDS = ROLES[:3]
 _SHORT = {"m": "mid", "middle": "mid", "b": BASE, "d": "double", "s": "single"}
 _NUMBERED = re.compile(r"(?P<name>.*?)[._ ]?(?P<first>\d{1,4})(?P<range>-(?:(?P<again>\D*?)[._ ]?(?P<last>\d{1,4}))?)?")
 _MAX_LENGTH = 2000  # of a list of names
@@ -46,7 +48,8 @@ def described(blocks: Sequence[Block]) -> str:
     for group, members in groups.items():
         role = f" ({members[0].role})"
         found.append(f"{group}.0-{len(members) - 1}{role}" if members[0].id != group else f"{group}{role}")
-    return f"this model has {', '.join(found)}"
+    thirds = not any(block.role in THIRDS for block in blocks) and sum(block.role == "trunk" for block in blocks) > 2
+    return f"this model has {', '.join(found)}" + ("; in, mid and out are thirds of its trunk" if thirds else "")
 
 
 def _known(blocks: Sequence[Block]) -> dict[str, dict[str, str]]:
@@ -63,6 +66,11 @@ def _known(blocks: Sequence[Block]) -> dict[str, dict[str, str]]:
             known[role] = groups[own[0].group]
         elif own:
             known[role] = {str(number): block.id for number, block in enumerate(own)}
+    trunk = [block.id for block in blocks if block.role == "trunk"]
+    if len(trunk) >= len(THIRDS) and not any(block.role in THIRDS for block in blocks):
+        ends = [round(len(trunk) * part / len(THIRDS)) for part in range(len(THIRDS) + 1)]
+        for role, first, end in zip(THIRDS, ends, ends[1:], strict=False):
+            known[role] = {str(number): block for number, block in enumerate(trunk[first:end])}
     for name, members in _unambiguous(groups).items():
         known.setdefault(name, members)
     for short, name in _SHORT.items():

@@ -64,7 +64,7 @@ def block_map(module_tree: nn.Module) -> list[Block]:
         if not share:
             continue
         group = path.removeprefix(MODEL_PREFIX)
-        role = _named_role(path) or ("trunk" if share >= AUXILIARY_SHARE * total else "aux")
+        role = named_role(path) or ("trunk" if share >= AUXILIARY_SHARE * total else "aux")
         members = [(group, path)] if role == "mid" else [(f"{group}.{n}", f"{path}.{n}") for n, _ in _children(stack)]
         for identifier, member in members:
             names = tuple(name for name in sizes if name.startswith(member + "."))
@@ -103,7 +103,8 @@ def _is_stack(name: str, module: nn.Module) -> bool:
     return composites >= (1 if alone else 2) and isinstance(module, nn.ModuleList | nn.Sequential)
 
 
-def _named_role(path: str) -> str | None:
+def named_role(path: str) -> str | None:
+    """in, mid or out, where the name of a stack says so."""
     leaf = path.rpartition(".")[2]
     return next((role for role, pattern in _ROLES if pattern.match(leaf)), None)
 
