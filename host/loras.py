@@ -1,8 +1,8 @@
 """LoRA files by the names the host knows them under, and those of runs; names from a graph are untrusted.
 
 * ``lora_names``, ``load``, ``file_state``: what lies in the host's LoRA folders
-* ``sources``, ``load_source``, ``source_state``: those, and what runs keep: ``run: cat``, ``run: cat (best)``,
-  ``run: cat (step 500)``
+* ``sources``, ``load_source``, ``path_of``, ``source_state``: those, and what runs keep: ``run: cat``,
+  ``run: cat (best)``, ``run: cat (step 500)``
 * ``place_for``, ``free_place_for``, ``listed_name``: where a file is written, and what it is listed under
 """
 
@@ -51,18 +51,19 @@ def sources() -> list[str]:
 
 def load_source(source: Any) -> LoraModel:
     """The file or the run's LoRA called ``source``. Raises ValueError naming ``source``."""
-    return load_tensors(_path(source))
+    return load_tensors(path_of(source))
 
 
 def source_state(source: Any) -> str:
     """Changes when what is called ``source`` does; empty for what is none."""
     try:
-        return _state(_path(source))
+        return _state(path_of(source))
     except (ValueError, OSError):
         return ""
 
 
-def _path(source: Any) -> str:
+def path_of(source: Any, option: str = "source") -> str:
+    """Where what is called ``source`` lies. Raises ValueError naming the ``option``."""
     if isinstance(source, str) and source.startswith(RUN):
         found = _of_runs().get(source)
         if found is not None:
@@ -70,8 +71,8 @@ def _path(source: Any) -> str:
     elif source in lora_names():
         return folder_paths.get_full_path_or_raise("loras", source)
     raise ValueError(
-        f"source: there is no {repr(source)[:100]} among the runs below output/lora_loom and the .safetensors files in "
-        "the loras folders; choose one of the list (press R to read it anew)"
+        f"{option}: there is no {repr(source)[:100]} among the runs below output/lora_loom and the .safetensors files "
+        "in the loras folders; choose one of the list (press R to read it anew)"
     )
 
 

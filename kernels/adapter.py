@@ -155,6 +155,10 @@ class Adapter:
         base = wide(weight)
         return (base + strength * self.difference(base)).to(weight.dtype)
 
+    def added_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """``merged`` into a ``weight`` of float32 or wider that is the caller's to overwrite."""
+        return weight.add_(self.difference(weight), alpha=strength)
+
     def merged_bias(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
         """b + strength · (b' − b); most families leave the bias alone."""
         return None if bias is None else bias.clone()
@@ -262,6 +266,8 @@ def kaiming(shape: Sequence[int], draws: torch.Generator) -> Tensor:
 
 def fitted(tensor: Tensor, shape: Sequence[int], name: str) -> Tensor:
     """``tensor`` in ``shape`` where only dimensions of one differ. Raises ValueError naming it otherwise."""
+    if tensor.shape == tuple(shape):
+        return tensor
     given, wanted = ([size for size in sizes[2:] if size != 1] for sizes in (tensor.shape, shape))
     if tensor.shape[:2] != tuple(shape[:2]) or given != wanted:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, the layer needs {tuple(shape)}")

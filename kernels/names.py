@@ -111,6 +111,12 @@ class NameTable:
                         return first.get(local) or second.get(local)
         return None
 
+    def spelled(self) -> dict[str, str]:
+        """Every spelling, without prefixes of components and with "_" for ".", → the canonical path."""
+        text = {name.replace(".", "_"): path for name, path in self.text.found.items()}
+        ours, theirs = self._flat
+        return text | {name: place.path for name, place in (theirs | ours).items()}
+
     def whole(self, name: str) -> str | None:
         """Canonical path of the layer that a name means; None also where it means only a part of one."""
         place = self.find(name)

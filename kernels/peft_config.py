@@ -31,12 +31,21 @@ _MAX_STEPS = 10**9  # of all patterns on all names, some seconds
 _CALL = 30  # steps that a match costs however short it is
 
 
-def beside(path: str | os.PathLike) -> dict[str, str]:
-    """Metadata from the file that PEFT writes next to its own, and to no other."""
+def config_file(path: str | os.PathLike) -> Path | None:
+    """The file that PEFT writes next to its own, and to no other; None for others and without one."""
     config = Path(path).with_name(f"{CONFIG}.json")
     if not Path(path).stem.startswith("adapter_model") or not config.is_file() or config.stat().st_size > _MAX_BYTES:
-        return {}
-    return {CONFIG: config.read_text(encoding="utf-8", errors="replace")}
+        return None
+    return config
+
+
+def beside(path: str | os.PathLike, metadata: Mapping[str, str]) -> dict[str, str]:
+    """What that file adds to the ``metadata`` of the one at ``path``.
+
+    Nothing to files of this pack, which have it inside: what lies beside may be left from another.
+    """
+    config = None if "loom.dialect" in metadata else config_file(path)
+    return {} if config is None else {CONFIG: config.read_text(encoding="utf-8", errors="replace")}
 
 
 class Configs:

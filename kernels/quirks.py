@@ -57,7 +57,9 @@ def damage(part: str, tensor: Tensor) -> str | None:
         return f"holds {str(tensor.dtype).removeprefix('torch.')}, not floating point numbers"
     if tensor.element_size() == 1:  # 8-bit floats know no arithmetic
         tensor = tensor.to(torch.float16)
-    return None if torch.isfinite(tensor).all() else "holds NaN or infinity"
+    # one NaN or infinity makes the sum one; so may an overflow, which a second look at each number tells apart
+    whole = math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return None if whole else "holds NaN or infinity"
 
 
 def across_layers(layers: Iterable[Layer]) -> list[Layer]:
@@ -153,14 +155,15 @@ def _with_configured_scale(name: str, parts: dict[str, Tensor], configs: Configs
 
 def _as_meant_by_lycoris(parts: dict[str, Tensor], metadata: Mapping[str, str], notes: list[str]) -> None:
     """Two of its modules, trained with rs_lora, act at √rank times what their files say (4.1.3 and before)."""
-    if "alpha" not in parts:
+    glora, full_lokr = parts.keys() >= {"a1.weight", "b1.weight"}, parts.keys() >= set(_FULL_LOKR)
+    if "alpha" not in parts or not (glora or full_lokr):
         return
     stabilised = str(json_object(metadata, "ss_network_args").get("rs_lora")).lower() in ("true", "1")
     alpha = float(parts["alpha"])
-    if stabilised and {"a1.weight", "b1.weight"} <= parts.keys() and parts["b1.weight"].ndim > 1:
+    if stabilised and glora and parts["b1.weight"].ndim > 1:
         parts["alpha"] = torch.tensor(alpha * math.sqrt(parts["b1.weight"].shape[1]))
         _note(notes, "GLoRA trained by LyCORIS with rs_lora: its alpha is stored without √rank, which was put back")
-    if parts.keys() >= set(_FULL_LOKR) and 1 < alpha < 1e6:
+    if full_lokr and 1 < alpha < 1e6:
         # LyCORIS stores rank · √rank here, and the rank itself without rs_lora
         rank = alpha ** (2 / 3)
         whole = abs(rank - round(rank)) < 1e-3 * rank

@@ -85,8 +85,7 @@ def read_lora(
     name = "the adapter"
     if not isinstance(source, Mapping):
         name = Path(source).name
-        if "loom.dialect" not in metadata:  # such files have it inside; what lies beside may be left from another
-            metadata = beside(source) | metadata
+        metadata = beside(source, metadata) | metadata
     table = targets if isinstance(targets, NameTable) or targets is None else NameTable(targets)
     reader = _Reader(table, metadata)
     reader.read(model)

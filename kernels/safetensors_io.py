@@ -17,23 +17,27 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, contiguous_format
 
 MAX_HEADER = 2**25  # bytes; a hundred thousand tensors need half of it
 MAX_ENTRIES = 250_000  # tensors; the parsed header takes some hundred bytes for each
 MAX_DIMENSIONS = 16
-_BYTES = (
-    {f"{kind}{8 * size}": size for kind in "IU" for size in (1, 2, 4, 8)}
-    | {"BOOL": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8}
-    | {f"F8_{kind}": 1 for kind in ("E4M3", "E4M3FNUZ", "E5M2", "E5M2FNUZ")}
-)
+_HALVES = re.compile("[\ud800-\udfff]")
+_DTYPES = {
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{"BOOL": torch.bool, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz},
+    **{"F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64},
+}
 _OTHER_FORMATS = (  # first bytes, what such a file is
     (b"PK\x03\x04", "a pickle (.pt or .ckpt) or another zip archive under a safetensors name"),
     (b"\x80", "a pickle (.pt or .ckpt) under a safetensors name"),
@@ -61,14 +65,17 @@ def load_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> LoraModel:
     if isinstance(source, Mapping):
         return LoraModel(source)
     path = checked_path(source)
-    with open(path, "rb") as file:
-        metadata = _metadata_in(_header_of(file, path), path.name)
-        file.seek(0)
-        content = file.read()  # not mapped: a mapped file cannot be replaced on Windows
-    try:
-        return LoraModel(safetensors.torch.load(content), metadata)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path.name}: damaged or incomplete ({error}); get or save the file again") from error
+    with open(path, "rb") as file:  # read, not mapped: a mapped file cannot be replaced on Windows
+        header = _header_of(file, path)
+        model = LoraModel({}, _metadata_in(header, path.name))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            content = torch.empty(end - begin, dtype=torch.uint8)  # of its own: one may be kept and the rest not
+            if file.readinto(memoryview(content.numpy())) != end - begin:  # type: ignore[arg-type]
+                raise ValueError(f"{path.name}: became shorter while it was read; get or save the file again")
+            model[name] = content.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+    return model
 
 
 def save_tensors(
@@ -144,7 +151,7 @@ def checked_path(path: str | os.PathLike) -> Path:
 
 
 def _header_of(file: BinaryIO, path: Path) -> dict:
-    """The parsed header, found to describe exactly the bytes behind it."""
+    """The parsed header, found to describe exactly the bytes behind it, where the ``file`` stands then."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     start = file.read(24)
@@ -178,6 +185,8 @@ def _header_of(file: BinaryIO, path: Path) -> dict:
 def _fault(header: dict, size: int) -> str | None:
     """What is wrong with the table of tensors, for ``size`` bytes of data."""
     spans = []
+    if not _is_text("".join(header)):
+        return "a tensor has a name that is no text"
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -185,12 +194,13 @@ def _fault(header: dict, size: int) -> str | None:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             return f"the entry of {_shown(name)} is not a tensor's"
-        if not isinstance(dtype, str) or dtype not in _BYTES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             return f"{_shown(name)} has the dtype {_shown(dtype)}, which is not known here"
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, (*shape, begin, end))):
             return f"{_shown(name)} has an impossible shape or place"
-        if begin > end or end - begin != math.prod(shape) * _BYTES[dtype]:
-            return f"{_shown(name)} has {end - begin} bytes, its shape needs {math.prod(shape) * _BYTES[dtype]}"
+        needed = math.prod(shape) * _DTYPES[dtype].itemsize
+        if begin > end or end - begin != needed:
+            return f"{_shown(name)} has {end - begin} bytes, its shape needs {needed}"
         if end > size:
             return f"{_shown(name)} ends at byte {end} of {size}"
         spans.append((begin, end, name))
@@ -202,13 +212,18 @@ def _fault(header: dict, size: int) -> str | None:
     return f"{size - place} bytes belong to no tensor" if place != size else None
 
 
+def _is_text(value: object) -> bool:
+    """JSON can spell half a character, which no file and no page can."""
+    return isinstance(value, str) and not _HALVES.search(value)
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**48
 
 
 def _metadata_in(header: Mapping, name: str) -> dict[str, str]:
     values = header.get("__metadata__") or {}
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+    if not isinstance(values, dict) or not all(map(_is_text, (*values, *values.values()))):
         raise ValueError(f"{name}: not a safetensors file (its metadata holds something other than text)")
     return values
 

@@ -54,9 +54,16 @@ def _own() -> list[tuple[str, str]]:
     return [(rf"\.(?P<part>{spelled})", r"\g<part>")]
 
 
-_ROWS = [(re.compile(rf"(?:{end})$"), part) for end, part in (*SPELLINGS, *_own())]
-_UNNAMED = [re.sub("[?]P<[a-z]+>", "", row.pattern) for row, _ in _ROWS]
-_ANY = re.compile("|".join(f"(?P<row{n}>{pattern})" for n, pattern in enumerate(_UNNAMED)))
+_ROWS = (*SPELLINGS, *_own())
+_GROUP = re.compile(r"\?P<([a-z]+)>")
+_GIVEN = r"\g<part>"  # at the end of a row's part: what its group of that name has found
+# one pattern of all rows, with the groups of row 3 called row3, part3 and adapter3
+_NUMBERED = ((n, _GROUP.sub(rf"?P<\g<1>{n}>", end)) for n, (end, _) in enumerate(_ROWS))
+_ANY = re.compile("|".join(f"(?P<row{n}>(?:{end})$)" for n, end in _NUMBERED))
+_READ_AS = {
+    f"row{n}": (part.removesuffix(_GIVEN), f"part{n}" * part.endswith(_GIVEN), f"adapter{n}" * ("<adapter>" in end))
+    for n, (end, part) in enumerate(_ROWS)
+}
 
 
 def split(key: str, file: Container[str] = ()) -> Split:
@@ -70,10 +77,9 @@ def split(key: str, file: Container[str] = ()) -> Split:
     if found is None or found.start() == 0:
         return Split(key, None)
     assert found.lastgroup is not None
-    row, part = _ROWS[int(found.lastgroup.removeprefix("row"))]
-    match = row.search(key, found.start())
-    assert match is not None
-    return Split(key[: found.start()], match.expand(part), match.groupdict().get("adapter") or "")
+    part, given, adapter = _READ_AS[found.lastgroup]
+    name = key[: found.start()]
+    return Split(name, part + found[given] if given else part, (found[adapter] or "") if adapter else "")
 
 
 def _tail(key: str) -> int:

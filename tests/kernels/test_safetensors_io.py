@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lora_loom.kernels import safetensors_io
 from lora_loom.kernels.safetensors_io import (
     LoraModel,
     load_tensors,
@@ -127,3 +128,26 @@ def test_hashes_are_kohyas(tmp_path):
     }
     written = read_metadata(save_tensors(tensors, tmp_path / "h.safetensors", metadata))
     assert (written["sshs_model_hash"], written["sshs_legacy_hash"]) == (model_hash, legacy)
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path, monkeypatch):
+    path = save_tensors({"x": torch.zeros(100_000)}, tmp_path / "a.safetensors")
+    checked = safetensors_io._header_of
+
+    def cut(file, path):
+        header = checked(file, path)
+        os.truncate(path, path.stat().st_size - 4)
+        return header
+
+    monkeypatch.setattr(safetensors_io, "_header_of", cut)
+    with pytest.raises(ValueError, match=r"a\.safetensors: became shorter while it was read"):
+        load_tensors(path)
+
+
+def test_tensors_of_a_file_share_no_memory(tmp_path):
+    """One of them may be kept, or changed, without the others."""
+    path = save_tensors({"a": torch.zeros(3), "b": torch.zeros(5)}, tmp_path / "a.safetensors")
+    loaded = load_tensors(path)
+    assert [tensor.untyped_storage().nbytes() for tensor in loaded.values()] == [12, 20]
+    loaded["a"].fill_(1)
+    assert not loaded["b"].any()
