@@ -1,92 +1,363 @@
 """Put a LoRA on a MODEL and a CLIP.
 
-Weights are patched through the host's own ModelPatcher, at no cost per sampling step; the host undoes it when the
-model is used without. Every spelling the host reads is understood, adapters it misreads are patched by our own kernels,
-and what found no place is told. Embeddings that the file brings along become words of the CLIP.
+* ``apply_lora``: (MODEL, CLIP, what happened). Two engines of our own, which agree:
+  - fuse: weights are patched through the host's ModelPatcher, at no cost per step (``fusing``);
+  - branch: the layers get the LoRA's part beside them while they are called (``branching``): for strengths that change
+    over a run, for quantised weights, which rounding would spoil, and for what was trained a moment ago.
+  "auto" chooses for every layer, "host" is the host's own loader.
+* ``Strengths``: how strong, by component, block and step.
+* ``Applied``: what happened, in numbers and sentences.
+
+Every spelling is read that ``kernels.reading`` knows; what found no place is told, with the reason. Embeddings that the
+file brings along become words of the CLIP.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..kernels.embeddings import by_encoder, take_embeddings
+from ..kernels.adapter import Adapter
+from ..kernels.branches import can_branch
+from ..kernels.embeddings import by_encoder
+from ..kernels.reading import NO_ENCODER, SHAPE, UNKNOWN, LoRAFile, Unplaced, read_lora
+from ..kernels.strengths.blocks import BlockWeights, parse_blocks
+from ..kernels.strengths.components import UNET, by_part, without_effect
+from ..kernels.strengths.schedule import Schedule, fixed
+from ..kernels.unplaced import both_bases
+from . import branching, fusing
+from .branching import BranchedLoRA, Strength, is_product
+from .clocks import Course
 from .embeddings import encoders, with_words
-from .own_patches import own_patches
+from .presets import block_presets
+from .targets import layout_of, names_of, parameters_of
 
+AUTO, FUSE, BRANCH, HOST = "auto", "fuse", "branch", "host"
+ENGINES = {
+    AUTO: "fuses what stays the same on ordinary weights; branches what changes over the run, lies on quantised "
+    "weights, or was trained a moment ago",
+    FUSE: "patches the weights: no cost per step; refuses strengths that change over the run",
+    BRANCH: "keeps the weights as they are: a few per cent per step, and strengths cost nothing to change",
+    HOST: "the loader of ComfyUI itself, to compare: no blocks, components or steps",
+}
 _NOT_LOADED = "lora key not loaded"
 
 
 @dataclass(frozen=True)
+class Strengths:
+    """``model`` and ``clip`` times those of ``components`` ("unet", "te", "te1", "clip_l" …); on the MODEL also times
+    ``blocks`` (text, see ``kernels.strengths.blocks``) and ``steps``."""
+
+    model: Schedule = field(default_factory=lambda: fixed(1.0))
+    clip: Schedule = field(default_factory=lambda: fixed(1.0))
+    components: Mapping[str, Schedule] = field(default_factory=dict)
+    blocks: str = ""
+    steps: Schedule = field(default_factory=lambda: fixed(1.0))
+    interpolation: str = "hold"  # of what ``blocks`` says
+    letters: Mapping[str, float] = field(default_factory=dict)  # in vectors, and the seed of those that are drawn
+    seed: int = 0
+    course: Course = field(default_factory=Course)
+
+    @classmethod
+    def of(cls, model: float, clip: float = 1.0) -> Strengths:
+        return cls(fixed(model), fixed(clip))
+
+
+@dataclass(frozen=True)
 class Applied:
-    """What happened: how many weights of each part were patched, which keys of the file found no place, and which
-    words the CLIP has learned."""
+    """What happened, by parameters of MODEL and CLIP; ``adapters`` by the same, ``strengths`` of the MODEL's.
 
-    model_weights: int
-    clip_weights: int
-    unplaced: tuple[str, ...]
+    ``why``: engine → what made it necessary, in words.
+    """
+
+    fused: tuple[str, ...] = ()
+    branched: tuple[str, ...] = ()
+    clip_fused: tuple[str, ...] = ()
+    clip_branched: tuple[str, ...] = ()
+    unplaced: tuple[Unplaced, ...] = ()
     words: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    why: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    strengths: Mapping[str, Strength] = field(default_factory=dict)
+    file: LoRAFile | None = None
 
-    def describe(self, name: str, strength_model: float, strength_clip: float) -> str:
-        parts = [f"{name}: {self.model_weights} weights of the MODEL at {strength_model:g}"]
-        if self.clip_weights:
-            parts.append(f"{self.clip_weights} of the CLIP at {strength_clip:g}")
-        lines = [", ".join(parts)]
-        if self.words:
-            lines.append(f"the CLIP now knows {', '.join(self.words)}")
-        if self.unplaced:
-            shown = ", ".join(self.unplaced[:5]) + (" …" if len(self.unplaced) > 5 else "")
-            lines.append(f"{len(self.unplaced)} keys fit nothing here: {shown}")
-        return "\n".join(lines)
+    @property
+    def model_weights(self) -> int:
+        return len(self.fused) + len(self.branched)
+
+    @property
+    def clip_weights(self) -> int:
+        return len(self.clip_fused) + len(self.clip_branched)
 
 
 def apply_lora(
-    model: Any, clip: Any | None, lora: Mapping[str, Tensor], strength_model: float, strength_clip: float
+    model: Any,
+    clip: Any | None,
+    lora: Mapping[str, Tensor] | Any,
+    strengths: Strengths | None = None,
+    engine: str = AUTO,
 ) -> tuple[Any, Any | None, Applied]:
-    """(MODEL, CLIP, what happened); the inputs stay as they are.
+    """(MODEL, CLIP, what happened); the inputs stay as they are. ``lora``: tensors, or a LoRA of ``lora_cache``.
 
-    Raises ValueError when nothing of the LoRA fits the model or the text encoder.
+    Raises ValueError when nothing of the LoRA fits, and for options that cannot act.
     """
-    whole = lora
-    embeddings, lora = take_embeddings(whole, getattr(whole, "metadata", {}))
+    if engine not in ENGINES:
+        raise ValueError(f"engine: there is no {engine!r}; choose one of {', '.join(ENGINES)}")
+    strengths = strengths or Strengths()
+    names = names_of(model, clip)
+    file = lora.file(names) if hasattr(lora, "file") else read_lora(lora, names)
+    fresh = bool(getattr(lora, "trained", False))
+    if engine == HOST:
+        result = _by_host(model, clip, getattr(lora, "tensors", lora), file, strengths)
+    else:
+        result = _by_us(model, clip, file, strengths, engine, fresh)
+    new_model, new_clip, applied = result
+    if not (applied.model_weights or applied.clip_weights or applied.words):
+        raise ValueError(_nothing_fits(file, applied.unplaced, clip))
+    return new_model, new_clip, applied
+
+
+def _by_us(
+    model: Any, clip: Any | None, file: LoRAFile, strengths: Strengths, engine: str, fresh: bool
+) -> tuple[Any, Any | None, Applied]:
+    present = list(encoders(clip)) if clip is not None else []
+    blocks = _block_weights(model, strengths)
+    parts = by_part(strengths.components, present, blocks.components)
+    notes = [*file.notes, *blocks.notes, *without_effect(strengths.components, present)]
+    tree = {name: model.model for name in parameters_of(model.model)}
+    text = {} if clip is None else {name: clip.cond_stage_model for name in parameters_of(clip.cond_stage_model)}
+    unplaced = list(file.unplaced)
+    on_model: dict[str, Adapter] = {}
+    on_clip: dict[str, Adapter] = {}
+    for path, adapter in file.adapters.items():
+        own = text if _parameter(path, text) else tree
+        keys, lost = _places(path, adapter, own)
+        (on_clip if own is text else on_model).update(dict.fromkeys(keys, adapter))
+        unplaced += lost
+    on_model_at = _strengths_on_model(on_model, blocks, parts, strengths)
+    new_model, done, why = _on_model(model, on_model, on_model_at, engine, fresh)
+    new_clip = clip
+    on_clip_done: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    words: tuple[str, ...] = ()
+    if clip is not None:
+        new_clip, words, unfit = _with_words(clip, file)
+        unplaced += unfit
+        on_clip_done = _on_clip(new_clip, on_clip, parts, strengths.clip)
+    else:
+        unplaced += [
+            Unplaced(f"{word}.{encoder}", NO_ENCODER, "is an embedding, and there is no CLIP connected")
+            for word, vectors in file.embeddings.items()
+            for encoder in vectors
+        ]
+    return (
+        new_model,
+        new_clip,
+        Applied(*done, *on_clip_done, tuple(unplaced), words, tuple(notes), why, on_model, on_model_at, file),
+    )
+
+
+# -- what acts where
+
+
+def _block_weights(model: Any, strengths: Strengths) -> BlockWeights:
+    if not strengths.blocks.strip():
+        return BlockWeights()
+    return parse_blocks(
+        strengths.blocks,
+        layout_of(model.model),
+        strengths.interpolation,
+        strengths.seed,
+        letters=strengths.letters,
+        presets=block_presets(),
+    )
+
+
+def _parameter(path: str, parameters: Mapping[str, nn.Module]) -> str | None:
+    """The parameter that a canonical path means."""
+    return next((key for key in (f"{path}.weight", path) if key in parameters), None)
+
+
+def _places(path: str, adapter: Adapter, own: Mapping[str, nn.Module]) -> tuple[list[str], list[Unplaced]]:
+    """The parameters that an adapter changes: the weight, and the bias where it changes that too."""
+    key = _parameter(path, own)
+    if key is None:
+        return [], [Unplaced(path, UNKNOWN, "is no parameter of the model")]
+    if type(adapter).merged_bias is Adapter.merged_bias or not key.endswith(".weight"):
+        return [key], []
+    bias = f"{path}.bias"
+    tree = own[key]
+    if bias not in own:
+        moved = adapter.merged_bias(None)
+        return [key], [] if moved is None else [Unplaced(bias, SHAPE, "is for a layer that has no bias")]
+    ones = torch.ones(tree.get_parameter(bias).shape)
+    moved = adapter.merged_bias(ones)
+    return [key] if moved is None or torch.equal(moved, ones) else [key, bias], []
+
+
+def _strengths_on_model(
+    adapters: Mapping[str, Adapter], blocks: BlockWeights, parts: Mapping[str, Schedule], strengths: Strengths
+) -> dict[str, Strength]:
+    common = (strengths.model, parts.get(UNET, fixed(1.0)), strengths.steps)
+    known: dict[Schedule, Strength] = {}  # most layers have the same
+    found = {}
+    for key in adapters:
+        own = blocks.of(key.rpartition(".")[0] if key.endswith((".weight", ".bias")) else key)
+        if own not in known:
+            known[own] = Strength.of((*common, own), strengths.course)
+        found[key] = known[own]
+    return found
+
+
+def _on_model(
+    model: Any, adapters: Mapping[str, Adapter], strengths: Mapping[str, Strength], engine: str, fresh: bool
+) -> tuple[Any, tuple[tuple[str, ...], tuple[str, ...]], dict[str, str]]:
+    branched: dict[str, Adapter] = {}
+    fused: dict[str, list[tuple[Adapter, float]]] = {}
+    unmoved: list[str] = []
+    why: dict[str, dict[str, None]] = {}
+    for key, adapter in adapters.items():
+        strength, path = strengths[key], key.rpartition(".")[0]
+        if strength == Strength(0.0):
+            unmoved.append(key)
+        elif key.endswith(".bias") and f"{path}.weight" in branched:
+            branched[key] = adapter
+        else:
+            chosen, reason = _engine(model.model, key, adapter, strength, engine, fresh)
+            why.setdefault(chosen, {})[reason] = None
+            if chosen == BRANCH:
+                branched[key] = adapter
+            else:
+                fused[key] = [(adapter, strength.constant)]
+    clone = model.clone()
+    if fused:
+        fusing.add_fused(clone, fused)
+        fusing.install(clone)
+    if branched:
+        branching.put(clone, BranchedLoRA(branched, {key: strengths[key] for key in branched}))
+    reasons = {chosen: ", ".join(found) for chosen, found in why.items()}
+    return clone, ((*fused, *unmoved), tuple(branched)), reasons
+
+
+def _engine(
+    tree: nn.Module, key: str, adapter: Adapter, strength: Strength, engine: str, fresh: bool
+) -> tuple[str, str]:
+    """(fuse or branch, why)."""
+    module = tree.get_submodule(key.rpartition(".")[0])
+    product = key.endswith(".weight") and is_product(module)
+    able = not product or can_branch(adapter)
+    if strength.schedules and engine == FUSE:
+        raise ValueError("engine: fuse cannot change strengths over the run; choose auto or branch")
+    if not able:
+        if strength.schedules:
+            raise ValueError(f"steps: this LoRA makes {key} wider, which cannot change over the run; leave it open")
+        return FUSE, "layers that become wider can only be fused"
+    if any(True for child in module.children() for _ in child.parameters()):
+        return BRANCH, "the host patches no parameters of modules that hold others"
+    if engine in (FUSE, BRANCH):
+        return engine, "chosen"
+    if strength.schedules:
+        return BRANCH, "strengths change over the run"
+    if fresh:
+        return BRANCH, "trained a moment ago"
+    weight = getattr(module, key.rpartition(".")[2])
+    if product and not (type(weight) in (Tensor, nn.Parameter) and weight.dtype in fusing.PLAIN):
+        return BRANCH, f"weights in {_called(weight)}, which a patch would be rounded to"
+    return FUSE, "constant on ordinary weights"
+
+
+def _called(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.") if type(weight) in (Tensor, nn.Parameter) else type(weight).__name__
+
+
+def _on_clip(
+    clip: Any, adapters: Mapping[str, Adapter], parts: Mapping[str, Schedule], strength: Schedule
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Patch ``clip``, a clone that is the caller's: (fused, merged on use)."""
+    fused: dict[str, list[tuple[Adapter, float]]] = {}
+    on_use: dict[str, tuple[Adapter, float]] = {}
+    unmoved: list[str] = []
+    for key, adapter in adapters.items():
+        whole, part = strength.constant, parts.get(key.partition(".")[0], fixed(1.0)).constant
+        if whole is None or part is None:
+            raise ValueError(
+                "components: a text encoder's strength cannot change over the run here, since a CLIP encodes before "
+                "it; use LoRA from Prompt (LoomPromptLoRA), which hands out the conditioning as well"
+            )
+        factor = whole * part
+        weight = clip.cond_stage_model.get_parameter(key)
+        if not factor:
+            unmoved.append(key)
+        elif type(weight) in (Tensor, nn.Parameter) and weight.dtype in fusing.PLAIN:
+            fused[key] = [(adapter, factor)]
+        else:
+            on_use[key] = adapter, factor
+    if fused:
+        fusing.add_fused(clip.patcher, fused)
+    for key, (adapter, factor) in on_use.items():
+        clip.patcher.add_weight_wrapper(key, fusing.OnUse(key, adapter, factor))
+    return (*fused, *unmoved), tuple(on_use)
+
+
+def _with_words(clip: Any, file: LoRAFile) -> tuple[Any, tuple[str, ...], list[Unplaced]]:
+    """(a clone of ``clip`` that knows the file's embeddings, their words, what of them fits no encoder)."""
+    found = by_encoder(file.embeddings, list(encoders(clip)))
+    clone, unfit = with_words(clip, found)
+    words = tuple(word for word, vectors in found.items() if any(f"{word}.{name}" not in unfit for name in vectors))
+    return clone, words, [Unplaced(key, SHAPE, "is an embedding, of a width that no encoder here has") for key in unfit]
+
+
+def _nothing_fits(file: LoRAFile, unplaced: Sequence[Unplaced], clip: Any | None) -> str:
+    if clip is None and file.embeddings:
+        return "nothing of this LoRA fits the MODEL: connect the CLIP, it holds embeddings"
+    if not unplaced:
+        return "this LoRA is empty; get or save the file again"
+    bases = both_bases(file.architecture, file.evidence, file.names) if file.names is not None else ""
+    first = unplaced[0]
+    why = bases or f"for example {first.key[:100]}: {first.reason}, {first.detail}"
+    return (
+        f"none of the {len(unplaced)} keys of this LoRA fits the MODEL ({why}); load the base it was made for, or a LoRA "
+        "made for this one"
+    )
+
+
+# -- the host's own loader
+
+
+def _by_host(
+    model: Any, clip: Any | None, lora: Mapping[str, Tensor], file: LoRAFile, strengths: Strengths
+) -> tuple[Any, Any | None, Applied]:
+    plain = Strengths(strengths.model, strengths.clip)
+    if strengths != plain or strengths.model.constant is None or strengths.clip.constant is None:
+        raise ValueError(
+            "engine: host knows one strength for the MODEL and one for the CLIP only; choose auto, or leave "
+            "components, blocks and steps empty"
+        )
     names: dict[str, Any] = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
-    with _unplaced_keys() as unplaced:
+    with _unplaced_keys() as lost:
         patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), names)
-    own, taken = own_patches(lora, model, clip)
-    # the host's patches of a fused layer's parts have (key, place in it) for a key
-    patches = {key: patch for key, patch in patches.items() if (key if isinstance(key, str) else key[0]) not in own}
-    patches |= own
-    unplaced[:] = [key for key in unplaced if key not in taken]
-    new_model = model.clone()
-    on_model = set(new_model.add_patches(patches, strength_model))
-    new_clip, on_clip = clip, set()
+    new_model, new_clip = model.clone(), clip
     words: tuple[str, ...] = ()
-    if clip is None:
-        unplaced += [f"{word}.{name}" for word, vectors in embeddings.items() for name in vectors]
-    else:
-        found = by_encoder(embeddings, list(encoders(clip)))
-        new_clip, unfit = with_words(clip, found)
+    on_model = set(new_model.add_patches(patches, strengths.model.constant))
+    on_clip: set[Any] = set()
+    unplaced = [Unplaced(key, UNKNOWN, "is not known to the host's loader") for key in lost]
+    if clip is not None:
+        new_clip, words, unfit = _with_words(clip, file)
         unplaced += unfit
-        words = tuple(word for word, vectors in found.items() if any(f"{word}.{name}" not in unfit for name in vectors))
-        on_clip = set(new_clip.add_patches(patches, strength_clip))
-    if not (on_model or on_clip or words):
-        lacking = clip is None and embeddings
-        cure = "connect the CLIP, it holds embeddings" if lacking else "it was made for another family"
-        raise ValueError(
-            f"none of the {len(whole)} keys of this LoRA fits the MODEL (for example {next(iter(whole), 'no key')}): "
-            + cure
-        )
-    lost = [str(key) for key in patches if key not in on_model and key not in on_clip]
-    return new_model, new_clip, Applied(len(on_model), len(on_clip), (*unplaced, *lost), words)
+        on_clip = set(new_clip.add_patches(patches, strengths.clip.constant))
+    keys = [tuple(key if isinstance(key, str) else key[0] for key in found) for found in (on_model, on_clip)]
+    applied = Applied(keys[0], (), keys[1], (), tuple(unplaced), words, why={HOST: "chosen"}, file=file)
+    return new_model, new_clip, applied
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..kernels.adapter import Adapter
 from ..kernels.blocks import diffusion_tree
+from .branching import stack_on
 from .denoiser import prediction_of
 
 RUNS, VALUES = 8, 64  # so many stretches of neighbours per tensor: scattered ones would each cost a page of a cold file
@@ -50,8 +51,14 @@ def weights(patcher: Any, network: nn.Module, prefix: str = "") -> str:
 
 
 def applied(patcher: Any) -> str:
-    """The patches that a patcher puts on its weights, in their order; "" without any."""
-    return _digest(patcher.patches) if patcher.patches else ""
+    """The patches that a patcher puts on its weights, in their order, and LoRAs beside them; "" without any."""
+    stack = stack_on(patcher)
+    if stack is None:
+        return _digest(patcher.patches) if patcher.patches else ""
+    beside = [
+        {key: (adapter, lora.strengths[key].constant) for key, adapter in lora.adapters.items()} for lora in stack.loras
+    ]
+    return _digest((patcher.patches, beside))
 
 
 def _originals(patcher: Any, network: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """What a patched MODEL brings along into training, and what stays outside.
 
-Kept: weight patches (LoRAs already applied), the sampling object (prediction type, shift, zero-terminal SNR) and the
-precision it computes in.
+Kept: LoRAs already applied (patches on weights, and those that hang beside them), the sampling object (prediction type,
+shift, zero-terminal SNR) and the precision it computes in.
 Left out, and named: wrappers, attention overrides and replacements, compile wrappers, sampler functions. Refused: what
 would make the trained function another one without anybody noticing.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..kernels.adapter import Adapter
+from . import branching, fusing
 from .denoiser import UnsupportedModelError
 
 COMPILE = "torch.compile"  # the host's key for its wrapper
@@ -44,11 +46,28 @@ def trainable_clone(patcher: Any, what: str = "MODEL") -> tuple[Any, list[str]]:
             )
     notes.extend(f"left out for training: {what}" for what in _call_time_patches(patcher))
     clone = patcher.clone()
+    stack = branching.stack_on(patcher)
+    if stack is not None:
+        notes.append(f"trains on top of {len(stack.loras)} LoRA(s) beside the weights of the {what}")
+        fusing.add_fused(clone, _constant(stack, what))
     clone.object_patches = objects
     clone.model_options = {"transformer_options": {}}
     clone.wrappers, clone.callbacks, clone.injections, clone.additional_models = {}, {}, {}, {}
     clone.hook_patches, clone.forced_hooks = {}, None
     return clone, notes
+
+
+def _constant(stack: branching.Stack, what: str) -> dict[str, list[tuple[Adapter, float]]]:
+    """The LoRAs of a stack, to be fused for as long as is trained."""
+    if any(strength.schedules for strength in stack.strengths):
+        raise UnsupportedModelError(
+            f"the {what} carries a LoRA whose strength changes over a sampling run. Set one strength for it (steps and "
+            f"blocks without @) to train on top of it, or train on the {what} before it."
+        )
+    return {
+        key: [(adapter, stack.strengths[number].constant) for adapter, number in parts]
+        for key, parts in stack.by_parameter().items()
+    }
 
 
 def _is_compiled(value: Any) -> bool:
@@ -59,6 +78,8 @@ def _call_time_patches(patcher: Any) -> list[str]:
     found: list[str] = []
     for kind, by_key in patcher.wrappers.items():
         for key, functions in by_key.items():
+            if key == fusing.KEY:
+                continue
             found.extend(COMPILE if key == COMPILE else f"{kind} wrapper {_name(function)}" for function in functions)
     options = dict(patcher.model_options)
     options.pop("torch_compile_kwargs", None)  # the compile wrapper's own

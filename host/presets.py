@@ -2,6 +2,7 @@
 
 * ``names``, ``find``: what the widgets offer, and the preset of that name.
 * ``save``: a new one of the user's; the pack's own are never replaced.
+* ``block_presets``: named block weights, the user's in the file ``lora_loom/block_presets.txt`` there.
 * ``as_filled``: every option of every preset, defaults included, for the page to fill widgets with.
 """
 
@@ -14,11 +15,17 @@ from typing import Any
 import folder_paths
 
 from ..kernels.safetensors_io import replace_file
+from ..kernels.strengths.presets import read_presets
 from ..training.options import OptionError, options_of
 from ..training.presets import KINDS, NONE, NOT_IN_PRESETS, PRESETS, Preset, from_json, to_json
 from .runs import checked_name
 
 LARGEST = 1 << 20  # bytes of a preset's file
+
+
+def block_presets() -> dict[str, tuple[str, ...]]:
+    """name → texts. Raises ValueError naming the file where that cannot be read."""
+    return read_presets(Path(folder_paths.get_user_directory()) / "lora_loom" / "block_presets.txt")
 
 
 def _folder() -> Path:

@@ -83,7 +83,7 @@ class Previews:
 
     @torch.inference_mode()
     def __call__(self, run: Run, step: int, lora: Mapping[str, Tensor]) -> Image.Image:
-        model, clip, _ = apply_lora(self.model, self.clip, lora, 1.0, 1.0)
+        model, clip, _ = apply_lora(self.model, self.clip, lora)
         devices = [model.load_device] if model.load_device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # the host's samplers seed the global generators
             if not self._base:

@@ -109,6 +109,10 @@ class Sliced(Wrapper):
     def difference(self, weight: Tensor) -> Tensor:
         return self._among(self.inner.difference(weight.narrow(0, self.start, self.length)), len(weight))
 
+    def added_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        self.inner.added_to(weight.narrow(0, self.start, self.length), strength)
+        return weight
+
     def contribution(self, x: Tensor, base_out: Tensor, layer: FrozenLayer) -> Tensor:
         channels = channel_dim(layer.geometry) % base_out.ndim
         rows = base_out.narrow(channels, self.start, self.length)

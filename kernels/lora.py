@@ -120,6 +120,14 @@ class LoRA(Additive):
             down = torch.einsum("pq...,qi->pi...", wide(self.mid), down).flatten(1)
         return up, down
 
+    def added_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """One product into the weight where it lies."""
+        if not weight.is_contiguous():
+            return super().added_to(weight, strength)
+        up, down = (factor.to(weight.device, weight.dtype) for factor in self._matrices())
+        weight.view(len(weight), -1).addmm_(up, down, alpha=strength * self.scale)
+        return weight
+
     def norm(self) -> Tensor:
         """From the factors' Gram matrices where they say all: ‖up · down‖² = ⟨upᵀ up, down downᵀ⟩."""
         if self.mid is not None:

@@ -4,16 +4,88 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
 
-from ..host import loras
-from ..host.apply import apply_lora
-from ..kernels.metadata import trigger_words
-from ..kernels.safetensors_io import load_tensors
+from ..host import applied, lora_cache, loras
+from ..host.apply import AUTO, ENGINES, Strengths, apply_lora
+from ..host.clocks import CLOCKS, RUN, Course
+from ..kernels.strengths.components import parse_components
+from ..kernels.strengths.schedule import INTERPOLATIONS, fixed, parse
 from .compat import build
-from .sockets import CATEGORY, LORA_MODEL
+from .sockets import CATEGORY, LORA_MODEL, explained
 
 FROM_SOCKET = "(from the lora socket)"
+INTERPOLATIONS_SHOWN = {
+    "hold": "a weight holds until the next point",
+    "linear": "straight from one point to the next",
+    "cosine": "gently from one point to the next",
+}
+CLOCKS_SHOWN = {
+    "run": "steps of this sampler's run; a second sampler, or denoise below 1, counts its own steps from 1",
+    "trajectory": "the whole way from noise to picture, of which this run may be a part: by the model's own time, or "
+    "by the steps of the sigmas socket",
+}
+
+
+def strength(name: str, what: str, **details: Any) -> Any:
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=-100.0,
+        max=100.0,
+        step=0.01,
+        tooltip=f"How strongly the LoRA acts on the {what}. 0 leaves it as it is; negative turns it around.",
+        **details,
+    )
+
+
+def engine_input() -> Any:
+    return io.Combo.Input(
+        "engine",
+        options=list(ENGINES),
+        default=AUTO,
+        optional=True,
+        tooltip=f"How the LoRA acts.\n{explained(ENGINES)}",
+    )
+
+
+def clock_inputs() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "clock",
+            options=list(CLOCKS),
+            default=RUN,
+            optional=True,
+            tooltip=f"Which steps the places behind @ are counted in.\n{explained(CLOCKS_SHOWN)}",
+        ),
+        io.Sigmas.Input(
+            "sigmas",
+            optional=True,
+            tooltip="For the clock trajectory: the sigmas of the whole way, so that steps can be counted along it.",
+        ),
+    ]
+
+
+def reload_input() -> Any:
+    return io.Boolean.Input(
+        "force_reload",
+        default=False,
+        optional=True,
+        tooltip="Read the file again even if its size and time are the same as before.",
+    )
+
+
+def course(clock: str, sigmas: Any) -> Course:
+    """From the widgets. Raises ValueError naming the one that is wrong."""
+    return Course(clock, () if sigmas is None else tuple(float(sigma) for sigma in sigmas.flatten().tolist()))
+
+
+def preview(picture: Any) -> Any:
+    """A picture under the node."""
+    tensor = torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255
+    return ui.PreviewImage(tensor)
 
 
 class LoomLoRALoaderAdvanced(io.ComfyNode):
@@ -21,38 +93,70 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def strength(name: str, what: str):
-            return io.Float.Input(
-                name,
-                default=1.0,
-                min=-100.0,
-                max=100.0,
-                step=0.01,
-                tooltip=f"How strongly the LoRA acts on the {what}. 0 leaves it as it is; negative turns it around.",
-            )
-
         return build(
             io.Schema,
             node_id="LoomLoRALoaderAdvanced",
             display_name="LoRA Loader (Advanced)",
             category=CATEGORY,
             description=(
-                "Applies a LoRA to a MODEL and a CLIP: a file from the loras folder, or one that was trained a moment "
-                "ago in this graph. Connect the lora socket to use the latter; it then counts instead of the file."
+                "Applies a LoRA to a MODEL and a CLIP: a file from the loras folder, one that a run keeps, or one that "
+                "was trained a moment ago in this graph (connect the lora socket). Its strength may differ by text "
+                "encoder, by block and over the steps."
             ),
-            search_aliases=["lora loader", "load lora", "apply lora"],
+            search_aliases=["lora loader", "load lora", "apply lora", "lora block weight", "lora schedule"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA is put on."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs trained on it too."),
                 io.Combo.Input(
                     "lora_name",
-                    options=[FROM_SOCKET, *loras.lora_names()],
+                    options=[FROM_SOCKET, *loras.sources()],
                     default=FROM_SOCKET,
-                    tooltip="The file. Unused while the lora socket is connected.",
+                    tooltip="The file, or what a run keeps. Unused while the lora socket is connected.",
                 ),
                 strength("strength_model", "MODEL"),
                 strength("strength_clip", "CLIP"),
                 LORA_MODEL.Input("lora", optional=True, tooltip="A LoRA from this graph, say from the trainer."),
+                engine_input(),
+                io.String.Input(
+                    "components",
+                    default="",
+                    optional=True,
+                    tooltip="Factors for parts: unet=0.5, te1=0.3, te2=0. te means all text encoders; a part may also "
+                    "bear its own name (clip_l, clip_g, t5xxl). Empty: 1 for all.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Factors for blocks and kinds of layers, one a line or with commas: in=0.5, IN4-8=1, "
+                    "double.3=0, attn=0.5, out/ff=0, base=0. The last that names a layer counts. Or a vector as people "
+                    "carry them (1,0,0,…: 12, 17, 20 or 26 numbers for SD, 57, 58 or 61 for Flux, 1 + blocks for any "
+                    "model), or a preset such as OUTD. Empty: 1 everywhere.",
+                ),
+                io.String.Input(
+                    "steps",
+                    default="",
+                    optional=True,
+                    tooltip="A factor over the run: 0.1@1, 0.6@6 is 0.1 from the first step and 0.6 from the sixth on; "
+                    "1@0.5 or 1@50% from half of the run on, 1@s2.5 from the noise level 2.5 on. Empty: 1 throughout.",
+                ),
+                io.Combo.Input(
+                    "interpolation",
+                    options=list(INTERPOLATIONS),
+                    default="hold",
+                    optional=True,
+                    tooltip=f"Between the points of steps, components and blocks.\n{explained(INTERPOLATIONS_SHOWN)}",
+                ),
+                *clock_inputs(),
+                io.Boolean.Input(
+                    "picture",
+                    default=True,
+                    optional=True,
+                    tooltip="Show how much each block changes, and weights over the steps, below the node. Off saves "
+                    "reading the model's weights once.",
+                ),
+                reload_input(),
             ],
             outputs=[
                 io.Model.Output("patched_model", display_name="model", tooltip="The MODEL with the LoRA."),
@@ -65,11 +169,11 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: Any = None, **_: Any) -> str | float:
+    def fingerprint_inputs(cls, lora_name: Any = None, force_reload: Any = False, **_: Any) -> str | float:
         """Changes with the file; runs before execute and on unchecked strings, so it never raises."""
-        if lora_name is None:  # linked: its value is not known yet
+        if lora_name is None or force_reload:  # linked: its value is not known yet
             return float("nan")
-        return loras.file_state(lora_name)
+        return loras.source_state(lora_name)
 
     @classmethod
     def execute(
@@ -80,11 +184,32 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         strength_clip: float,
         clip: Any = None,
         lora: Any = None,
+        engine: str = AUTO,
+        components: str = "",
+        blocks: str = "",
+        steps: str = "",
+        interpolation: str = "hold",
+        clock: str = RUN,
+        sigmas: Any = None,
+        picture: bool = True,
+        force_reload: bool = False,
     ) -> io.NodeOutput:
         if lora is None and lora_name == FROM_SOCKET:
             raise ValueError("lora_name: choose a file, or connect the lora socket to a trainer")
-        name = "the connected LoRA" if lora is not None else lora_name
-        loaded = load_tensors(lora) if lora is not None else loras.load(lora_name)
-        words = ", ".join(trigger_words(getattr(loaded, "metadata", {})))
-        new_model, new_clip, applied = apply_lora(model, clip, loaded, strength_model, strength_clip)
-        return io.NodeOutput(new_model, new_clip, words, applied.describe(name, strength_model, strength_clip))
+        strengths = Strengths(
+            fixed(strength_model),
+            fixed(strength_clip),
+            parse_components(components, interpolation=interpolation),
+            blocks,
+            parse(steps, "steps", interpolation) if steps.strip() else fixed(1.0),
+            interpolation,
+            course=course(clock, sigmas),
+        )
+        loaded = lora_cache.of(lora) if lora is not None else lora_cache.get(lora_name, force_reload)
+        new_model, new_clip, found = apply_lora(model, clip, loaded, strengths, engine)
+        applied.log(loaded.name, found)
+        facts = loaded.facts()
+        shares = applied.shares(model, found) if picture and found.adapters else None
+        text = applied.report(loaded.name, found, strengths, facts, shares, model)
+        shown = preview(applied.picture(loaded.name, shares, strengths)) if shares is not None else None
+        return io.NodeOutput(new_model, new_clip, ", ".join(facts.words), text, ui=shown)

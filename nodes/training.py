@@ -157,5 +157,5 @@ class LoomLoRATrainer(io.ComfyNode):
         result = train(request)
         if not result.finished:
             _early_ends[run_name] = _early_ends.get(run_name, 0) + 1
-        trained_model, trained_clip, _ = apply_lora(model, clip, result.lora, 1.0, 1.0)
+        trained_model, trained_clip, _ = apply_lora(model, clip, result.lora)
         return io.NodeOutput(result.lora, trained_model, trained_clip, {"loss": result.losses}, result.report)

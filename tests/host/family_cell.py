@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 
 import tiny
-from lora_loom.host.apply import apply_lora
+from lora_loom.host.apply import Strengths, apply_lora
 from lora_loom.host.denoiser import HostDenoiser
 from lora_loom.host.layers import weight_reader
 from lora_loom.host.loan import borrow
@@ -258,7 +258,7 @@ class Cell:
         faults = {fault.name for adapter in file.adapters.values() if (fault := fault_of(adapter))}
         if faults:
             path = write_lora(rewritten(file, weight_reader(patcher))[0], folder / "for-core.safetensors")
-        merged, _, applied = apply_lora(patcher, None, load_tensors(path), 1.0, 0.0)
+        merged, _, applied = apply_lora(patcher, None, load_tensors(path), Strengths.of(1.0, 0.0))
         assert not applied.unplaced, applied.unplaced
         core = (prediction(merged, {}, data) - trained).norm() / effect
         assert relative(prediction(patcher, {}, data), base) <= 1e-6, "the host has not taken its patches off"

@@ -84,11 +84,11 @@ def test_vectors_that_fit_no_encoder_are_told():
 def test_a_file_of_embeddings_alone_says_what_it_wants():
     """Vectors without the name of an encoder are those of a lone one."""
     nameless, model = {"emb_params": torch.randn(2, 64)}, tiny_model("sdxl")
-    with pytest.raises(ValueError, match="none of the 1 keys .* example emb_params.*: connect the CLIP, it holds"):
-        apply_lora(model, None, nameless, 1.0, 1.0)
-    with pytest.raises(ValueError, match="none of the 1 keys .* example emb_params.*: it was made for another family"):
-        apply_lora(model, CLIPS["sdxl"](inference=True), nameless, 1.0, 1.0)
-    _, known, applied = apply_lora(tiny_model("sd15"), CLIPS["sd15"](inference=True), nameless, 1.0, 1.0)
+    with pytest.raises(ValueError, match="nothing of this LoRA fits the MODEL: connect the CLIP, it holds"):
+        apply_lora(model, None, nameless)
+    with pytest.raises(ValueError, match="none of the 1 keys .* example embedding.emb_params.*; load the base it was made for"):
+        apply_lora(model, CLIPS["sdxl"](inference=True), nameless)
+    _, known, applied = apply_lora(tiny_model("sd15"), CLIPS["sd15"](inference=True), nameless)
     assert applied.words == ("embedding",)
     assert len(vectors_in(known.tokenize("embedding, embedding:other")["l"])) == 2, "the other one is another's"
 
@@ -169,16 +169,16 @@ def test_a_run_keeps_encoders_and_words_in_its_file_and_every_loader_gives_them_
     moved = [key for key in lora if key.startswith("lora_te1") and "lora_up" in key and lora[key].any()]
     assert len(moved) == 12, "all but the layers behind the one that SDXL reads"
 
-    _, trained, applied = apply_lora(tiny_model("sdxl"), clip, lora, 1.0, 1.0)
+    _, trained, applied = apply_lora(tiny_model("sdxl"), clip, lora)
     assert applied.words == ("my_cat",) and not applied.unplaced and applied.clip_weights == 36
     for text in ("my_cat sits", "a (my_cat:1.2)"):
         assert not torch.equal(encoded(trained, text)[0], encoded(clip, text)[0])
     assert torch.equal(torch.stack(vectors_in(trained.tokenize("my_cat sits")["g"])), lora["bundle_emb.my_cat.clip_g"])
-    _, again, _ = apply_lora(tiny_model("sdxl"), clip_for("sdxl"), result.lora, 1.0, 1.0)
+    _, again, _ = apply_lora(tiny_model("sdxl"), clip_for("sdxl"), result.lora)
     assert torch.equal(encoded(again, "my_cat sits")[0], encoded(trained, "my_cat sits")[0])
     assert sides(clip.tokenize("my_cat")) == sides(clip_for("sdxl").tokenize("my_cat"))
-    _, nobody, without = apply_lora(tiny_model("sdxl"), None, lora, 1.0, 1.0)
-    assert nobody is None and {"my_cat.clip_l", "my_cat.clip_g"} <= set(without.unplaced)
+    _, nobody, without = apply_lora(tiny_model("sdxl"), None, lora)
+    assert nobody is None and {"my_cat.clip_l", "my_cat.clip_g"} <= {item.key for item in without.unplaced}
     assert "te1 is clip_l" in result.report and "te2 is clip_g" in result.report
 
 
@@ -199,7 +199,7 @@ def test_without_the_model_only_the_text_is_trained_and_saved(pictures, what):
     result, clip = run(pictures, f"only {what}", 2, {"train_model": False, what: EVERYTHING[what]})
     start = {"te1_learning_rate": "lora_te_", "embeddings": "bundle_emb.my_cat.clip_l"}[what]
     assert result.lora and all(key.startswith(start) for key in result.lora)
-    _, trained, _ = apply_lora(tiny_model("sd15"), clip, result.lora, 1.0, 1.0)
+    _, trained, _ = apply_lora(tiny_model("sd15"), clip, result.lora)
     assert not torch.equal(encoded(trained, "my_cat")[0], encoded(clip, "my_cat")[0])
 
 

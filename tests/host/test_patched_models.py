@@ -12,13 +12,16 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
+from applying import lora_on
 from graph import clip_for, images, sampled, tiny_model, vae_for
+from lora_loom.host.apply import BRANCH, FUSE, Strengths, apply_lora
 from lora_loom.host.denoiser import UnsupportedModelError
 from lora_loom.host.examples import HostExamples
 from lora_loom.host.latents import encode_pictures
 from lora_loom.host.record import Request
 from lora_loom.host.session import train
 from lora_loom.kernels.layers import select_targets
+from lora_loom.kernels.strengths.schedule import parse
 from lora_loom.training.dataset.batches import BatchPlan, place
 from lora_loom.training.loop import generator
 from lora_loom.training.objective import Prediction, draw_times
@@ -188,6 +191,33 @@ def with_lora(model, seed=9, scale=0.3):
         lora[f"{path}.lora_down.weight"] = torch.randn(4, *rest, generator=draws) * 0.1
         lora[f"{path}.lora_up.weight"] = torch.randn(out, 4, *rest[1:], generator=draws) * scale
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+@pytest.mark.parametrize("engine", [FUSE, BRANCH])
+def test_a_lora_of_our_own_loader(run, plain, engine):
+    """Beside the weights or in them: trained on is the same model."""
+    base = tiny_model("sd15")
+    clean = weights(base)
+    _, lora = lora_on(base, every=2)
+    model, _, _ = apply_lora(base, None, lora, Strengths.of(0.7), engine)
+    other, _, _ = apply_lora(tiny_model("sd15"), None, lora, Strengths.of(0.7), FUSE)
+    before, pictures = carried(model), [sampled(base), sampled(model)]
+    result, wanted = run(model), run(other)
+    assert any("trains on top of" in line for line in told(result))
+    assert same(result.lora, wanted.lora) and result.losses == wanted.losses
+    assert not same(result.lora, plain.lora)
+    assert carried(model) == before
+    assert torch.equal(sampled(base), pictures[0]) and torch.equal(sampled(model), pictures[1])
+    comfy.model_management.unload_all_models()
+    assert weights(base) == clean
+
+
+def test_a_lora_that_changes_over_a_run_is_refused(run):
+    base = tiny_model("sd15")
+    _, lora = lora_on(base, every=2)
+    model, _, _ = apply_lora(base, None, lora, Strengths(steps=parse("0@1,1@3", "steps")))
+    with pytest.raises(UnsupportedModelError, match="changes over a sampling run. Set one strength"):
+        run(model)
 
 
 def test_a_lora_that_is_applied_already(run, plain):

@@ -10,10 +10,10 @@ import torch
 
 import tiny
 from graph import clip_for, images, tiny_model, vae_for
-from lora_loom.host.apply import apply_lora
+from lora_loom.host.apply import Strengths, apply_lora
 from lora_loom.host.contents import content_of_model, open_cache
 from lora_loom.host.examples import HostExamples
-from lora_loom.host.own_patches import OwnPatch
+from lora_loom.host.fusing import FusedPatch
 from lora_loom.host.record import Request
 from lora_loom.host.session import train
 from lora_loom.host.texts import TextCache, encode_captions
@@ -99,7 +99,7 @@ def test_a_lora_on_the_clip_encodes_anew():
     model, plain = tiny_model("sd15"), tiny.tiny_clip(inference=True)
 
     def patched(seed, strength, on=plain):
-        return apply_lora(model, on, lora_for(on, seed), 1.0, strength)[1]
+        return apply_lora(model, on, lora_for(on, seed), Strengths.of(1.0, strength))[1]
 
     assert cached(plain) == (0, 4)
     assert cached(patched(0, 1.0)) == (0, 4)
@@ -118,9 +118,9 @@ def test_a_lora_that_the_host_would_misread_encodes_anew():
         lora = lora_for(plain)
         [name] = {key.split(".")[0] for key in lora}
         lora[f"{name}.dora_scale"] = torch.full((64, 1), length)
-        applied = apply_lora(model, plain, lora, 1.0, 1.0)[1]
+        applied = apply_lora(model, plain, lora)[1]
         kinds = {type(patch[1]) for patches in applied.patcher.patches.values() for patch in patches}
-        assert kinds == {OwnPatch}
+        assert kinds == {FusedPatch}
         return applied
 
     assert cached(patched(1.5)) == (0, 4)
@@ -131,7 +131,7 @@ def test_a_lora_that_the_host_would_misread_encodes_anew():
 def test_whether_the_clip_is_loaded_makes_no_difference():
     """The host writes patched weights over the model's own while it is loaded."""
     plain = tiny.tiny_clip(inference=True)
-    patched = apply_lora(tiny_model("sd15"), plain, lora_for(plain), 1.0, 1.0)[1]
+    patched = apply_lora(tiny_model("sd15"), plain, lora_for(plain))[1]
     before = content_of_model(plain.patcher), content_of_model(patched.patcher)
     assert before[0] != before[1]
     for clip in (patched, plain, patched):

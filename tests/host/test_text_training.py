@@ -65,7 +65,7 @@ def test_what_is_learned_acts_as_it_will_from_the_file(name):
     names = NameTable.of(clip.cond_stage_model)
     adapters = {path: adapter for part in components for path, adapter in part.adapters.items()}
     state = to_state_dict(adapters, names.write)
-    _, trained, applied = apply_lora(tiny_model("sd15"), clip, state, 1.0, 1.0)
+    _, trained, applied = apply_lora(tiny_model("sd15"), clip, state)
     assert applied.clip_weights == len(adapters) and not applied.unplaced
     for prompt, (context, _) in zip(PROMPTS, found, strict=True):
         wanted, before = encoded(trained, prompt)[0], encoded(clip, prompt)[0]

@@ -7,15 +7,14 @@ import torch
 from comfy.lora import calculate_weight
 
 import tiny
-from lora_loom.host.apply import apply_lora
-from lora_loom.host.own_patches import own_patches
+from lora_loom.host.apply import Strengths, apply_lora
 from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.compose import Sum
 from lora_loom.kernels.dora import DoRA
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.names import NameTable
 from lora_loom.kernels.reading import LoRAFile, read_lora
-from lora_loom.kernels.registry import FAMILIES, make_adapter
+from lora_loom.kernels.registry import make_adapter
 from lora_loom.kernels.writing import to_tensors
 from lora_loom.training.settings import ALGORITHMS
 
@@ -60,7 +59,7 @@ def test_every_family(name, family, options, caplog):
     before = {path: patcher.model.state_dict()[f"{path}.weight"].clone() for path in adapters}
     for strength in (1.0, -0.5):
         with caplog.at_level(logging.WARNING):
-            model, _, applied = apply_lora(patcher, None, lora, strength, 1.0)
+            model, _, applied = apply_lora(patcher, None, lora, Strengths.of(strength))
             assert not applied.unplaced and applied.model_weights >= len(adapters)
             path = list(adapters)[len(adapters) // 2]
             got = weight_in(model, f"{path}.weight")
@@ -73,12 +72,13 @@ def test_every_family(name, family, options, caplog):
 def test_two_loras_one_behind_the_other():
     patcher = tiny.tiny("sd15")
     adapters, lora = lora_for(patcher, "IA3", {})
-    first, _, _ = apply_lora(patcher, None, lora, 0.5, 1.0)
-    both, _, _ = apply_lora(first, None, lora, 1.0, 1.0)
+    first, _, _ = apply_lora(patcher, None, lora, Strengths.of(0.5))
+    both, _, _ = apply_lora(first, None, lora)
     path = next(iter(adapters))
     weight = patcher.model.state_dict()[f"{path}.weight"].clone()
-    wanted = adapters[path].merged(adapters[path].merged(weight, 0.5))
+    wanted = adapters[path].merged(weight, 1.5)  # each of them sees the weight as it is without any
     torch.testing.assert_close(weight_in(both, f"{path}.weight"), wanted)
+    torch.testing.assert_close(weight_in(first, f"{path}.weight"), adapters[path].merged(weight, 0.5))
 
 
 def test_text_encoders():
@@ -89,7 +89,7 @@ def test_text_encoders():
     adapter = random_adapter("LoRA", weight.shape, {"dora": "output"}, weight, 1)
     assert isinstance(adapter, DoRA)
     lora = to_tensors(LoRAFile({path: adapter}, names=table))
-    _, with_it, applied = apply_lora(tiny.tiny("sd15"), clip, lora, 1.0, 0.5)
+    _, with_it, applied = apply_lora(tiny.tiny("sd15"), clip, lora, Strengths.of(1.0, 0.5))
     assert applied.clip_weights == 1 and not applied.unplaced
     key = f"{path}.weight"
     got = calculate_weight(with_it.patcher.patches[key], weight.float(), key)
@@ -116,7 +116,7 @@ def test_fused_layers_that_a_file_has_in_parts(family, options, dialect):
         adapters[target.path] = random_adapter(family, target.shape, options, weight, number)
     lora = to_tensors(LoRAFile(adapters, names=names), dialect)
     assert any(isinstance(adapter, Sum) for adapter in read_lora(lora, names).adapters.values())
-    model, _, applied = apply_lora(patcher, None, lora, 0.7, 1.0)
+    model, _, applied = apply_lora(patcher, None, lora, Strengths.of(0.7))
     assert not applied.unplaced
     for path, adapter in adapters.items():
         weight = state[f"{path}.weight"]
@@ -130,13 +130,7 @@ def test_peft_scales_biases_too():
     layer = patcher.model.get_submodule(target.path)
     assert layer.bias is not None
     factors = torch.linspace(0.5, 2, target.shape[0])[:, None]
-    model, _, applied = apply_lora(patcher, None, {f"{target.path}.ia3_l": factors}, 1.0, 1.0)
+    model, _, applied = apply_lora(patcher, None, {f"{target.path}.ia3_l": factors})
     assert applied.model_weights == 2
     torch.testing.assert_close(weight_in(model, f"{target.path}.bias"), layer.bias * factors.flatten())
     torch.testing.assert_close(weight_in(model, f"{target.path}.weight"), layer.weight * factors)
-
-
-def test_what_the_host_reads_stays_with_the_host():
-    patcher = tiny.tiny("sd15")
-    for family in FAMILIES.keys() & {"LoRA", "LoHa", "LoKr", "full", "GLoRA"}:
-        assert own_patches(lora_for(patcher, family, {})[1], patcher, None) == ({}, set())

@@ -1,0 +1,191 @@
+"""Both engines against weights merged in float64, on models of every build; and together with everything else."""
+
+import comfy.model_management
+import pytest
+import torch
+
+import tiny
+from applying import lora_on, relative, sampled
+from lora_loom.host.apply import BRANCH, FUSE, HOST, Strengths, apply_lora
+from lora_loom.kernels.strengths.blocks import parse_blocks
+from lora_loom.kernels.strengths.schedule import fixed, parse
+from snapshot import weights
+
+MODELS = ("sd15", "sdxl", "sd3", "flux", "qwen_image", "wan", "lumina2", "hunyuan_video")
+FAMILIES = [
+    *((family, {}) for family in ("LoRA", "LoHa", "LoKr", "full", "OFT", "OFTv2", "GLoRA", "IA3")),
+    ("BOFT", {"block_size": 16}),
+    ("LoRA", {"tucker": True}),
+    *(("LoRA", {"dora": axis}) for axis in ("output", "input")),
+    ("LoKr", {"dora": "output"}),
+    ("full", {"bias": True}),
+]
+
+
+def merged(name, adapters, factors):
+    """A model of its own whose weights are W + s (W' − W), computed in float64."""
+    patcher = tiny.tiny(name, inference=True)
+    with torch.inference_mode():
+        for path, adapter in adapters.items():
+            layer = patcher.model.get_submodule(path)
+            wide = adapter.to(dtype=torch.float64)
+            weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
+            layer.weight.copy_(weight + factors(path) * (wide.merged(weight) - weight))
+            if bias is not None:
+                layer.bias.copy_(bias + factors(path) * (wide.merged_bias(bias) - bias))
+    return patcher
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_lora_on_every_layer(name):
+    patcher = tiny.tiny(name, inference=True)
+    adapters, lora = lora_on(patcher)
+    before, base = weights(patcher), sampled(patcher, name)
+    text = "all=0.5, attn=-0.3, base=1.2"
+    factors = parse_blocks(text, patcher.model)
+    assert {factors.of(path).constant for path in adapters} == {0.5, -0.3, 1.2}
+    wanted = sampled(merged(name, adapters, lambda path: 0.8 * factors.of(path).constant), name)
+    strengths = Strengths(fixed(0.8), blocks=text)
+    for engine, limit in ((FUSE, 5e-6), (BRANCH, 2e-5)):
+        model, _, applied = apply_lora(patcher, None, lora, strengths, engine)
+        assert not applied.unplaced and applied.model_weights == len(adapters)
+        assert bool(applied.branched) == (engine == BRANCH)
+        assert relative(sampled(model, name), wanted) <= limit < 0.01 < relative(base, wanted)
+        assert torch.equal(sampled(patcher, name), base)
+    comfy.model_management.unload_all_models()
+    assert weights(patcher) == before
+
+
+@pytest.mark.parametrize("family, options", FAMILIES, ids=str)
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_every_family(name, family, options):
+    patcher = tiny.tiny(name, inference=True)
+    adapters, lora = lora_on(patcher, family, options, every=3, size=0.05)
+    base = sampled(patcher, name)
+    for strength in (1.0, -0.6):
+        wanted = sampled(merged(name, adapters, lambda path, s=strength: s), name)
+        for engine in (FUSE, BRANCH):
+            model, _, applied = apply_lora(patcher, None, lora, Strengths.of(strength), engine)
+            assert not applied.unplaced
+            assert relative(sampled(model, name), wanted) <= 5e-5 < 1e-3 < relative(base, wanted), engine
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_slices_of_fused_layers(name):
+    """q, k and v of a file apart, as PEFT has them, fused and branched."""
+    from lora_loom.kernels.names import NameTable
+    from lora_loom.kernels.reading import LoRAFile
+    from lora_loom.kernels.writing import to_tensors
+
+    patcher = tiny.tiny(name, inference=True)
+    adapters, _ = lora_on(patcher, "LoRA", preset="attention", conv=False)
+    lora = to_tensors(LoRAFile(adapters, names=NameTable.of(patcher.model)), "diffusers")
+    wanted = sampled(merged(name, adapters, lambda path: 0.7), name)
+    for engine in (FUSE, BRANCH):
+        model, _, applied = apply_lora(patcher, None, lora, Strengths.of(0.7), engine)
+        assert not applied.unplaced
+        assert relative(sampled(model, name), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux", "wan"])
+def test_norms_biases_and_tables(name):
+    """Differences of everything that a model has; what is no product stands in the parameter's place."""
+    patcher = tiny.tiny(name, inference=True)
+    draws = torch.Generator().manual_seed(4)
+    lora = {}
+    for key, weight in patcher.model.named_parameters():
+        path, _, leaf = key.rpartition(".")
+        part = {"weight": f"{path}.diff", "bias": f"{path}.diff_b"}.get(leaf, f"{key}.diff")
+        lora[part] = 0.02 * torch.randn(weight.shape, generator=draws)
+    reference = tiny.tiny(name, inference=True)
+    with torch.inference_mode():
+        for key, weight in reference.model.named_parameters():
+            path, _, leaf = key.rpartition(".")
+            part = {"weight": f"{path}.diff", "bias": f"{path}.diff_b"}.get(leaf, f"{key}.diff")
+            weight.add_(lora[part], alpha=0.5)
+    wanted, base = sampled(reference, name), sampled(patcher, name)
+    for engine in (FUSE, BRANCH):
+        model, _, applied = apply_lora(patcher, None, lora, Strengths.of(0.5), engine)
+        assert not applied.unplaced, applied.unplaced[:3]
+        assert relative(sampled(model, name), wanted) <= 5e-5 < 1e-3 < relative(base, wanted), engine
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+@pytest.mark.parametrize("scheduler", ["normal", "karras"])
+def test_a_schedule_is_two_runs_spliced(name, scheduler):
+    import comfy.samplers
+
+    patcher = tiny.tiny(name, inference=True)
+    _, lora = lora_on(patcher, every=2)
+    steps, switch = 6, 3
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), scheduler, steps)
+    with_strength = {s: apply_lora(patcher, None, lora, Strengths.of(s), FUSE)[0] for s in (0.2, 0.9)}
+    first = sampled(with_strength[0.2], name, sigmas=sigmas[: switch + 1])
+    wanted = sampled(with_strength[0.9], name, sigmas=sigmas[switch:], start=first, noise=False)
+    scheduled = Strengths(steps=parse("0.2@1,0.9@4", "steps"))
+    model, _, applied = apply_lora(patcher, None, lora, scheduled)
+    assert applied.branched and not applied.fused
+    got = sampled(model, name, sigmas=sigmas)
+    apart = min(relative(sampled(one, name, sigmas=sigmas), wanted) for one in with_strength.values())
+    assert relative(got, wanted) <= 2e-5 < 1e-3 < apart
+
+
+def test_a_constant_schedule_is_the_static_strength():
+    patcher = tiny.tiny("sd15", inference=True)
+    _, lora = lora_on(patcher, every=2)
+    static, _, _ = apply_lora(patcher, None, lora, Strengths.of(0.7), BRANCH)
+    model, _, applied = apply_lora(patcher, None, lora, Strengths(steps=parse("0.7@1,0.7@5", "steps")))
+    assert applied.fused and not applied.branched  # it never changes
+    assert relative(sampled(model, "sd15"), sampled(static, "sd15")) <= 2e-5
+
+
+def test_loaders_in_any_order_beside_the_hosts_own():
+    """Ours fused, ours branched, core's: all sums, whatever comes first."""
+    patcher = tiny.tiny("sd15", inference=True)
+    files = [lora_on(patcher, seed=seed, every=2, size=0.05) for seed in range(3)]
+    engines = (FUSE, BRANCH, HOST)
+    both = tiny.tiny("sd15", inference=True)
+    with torch.inference_mode():
+        for (adapters, _), strength in zip(files, (0.5, -0.4, 0.8), strict=True):
+            for path, adapter in adapters.items():
+                weight = both.model.get_submodule(path).weight
+                weight.add_(strength * (adapter.delta().view(weight.shape)))
+    wanted = sampled(both, "sd15")
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        model = patcher
+        for number in order:
+            strength = Strengths.of((0.5, -0.4, 0.8)[number])
+            model, _, _ = apply_lora(model, None, files[number][1], strength, engines[number])
+        assert relative(sampled(model, "sd15"), wanted) <= 1e-5
+
+
+def test_clones_keep_what_they_have():
+    patcher = tiny.tiny("sd15", inference=True)
+    one, two = (lora_on(patcher, seed=seed, every=2)[1] for seed in (1, 2))
+    first, _, _ = apply_lora(patcher, None, one, Strengths.of(0.5), BRANCH)
+    alone = sampled(first, "sd15")
+    copied = first.clone()
+    both, _, _ = apply_lora(first, None, two, Strengths.of(0.5), BRANCH)
+    together = sampled(both, "sd15")
+    assert not torch.equal(alone, together)
+    assert torch.equal(sampled(first, "sd15"), alone) and torch.equal(sampled(copied, "sd15"), alone)
+    del both
+    assert torch.equal(sampled(copied.clone(), "sd15"), alone)
+
+
+def test_an_exception_leaves_nothing_behind():
+    patcher = tiny.tiny("sd15", inference=True)
+    base, before = sampled(patcher, "sd15"), weights(patcher)
+    _, lora = lora_on(patcher)
+    model, _, _ = apply_lora(patcher, None, lora, None, BRANCH)
+    broken = patcher.model.get_submodule("diffusion_model.out.2")
+
+    def fails(*args, **kwargs):
+        raise comfy.model_management.InterruptProcessingException
+
+    broken.forward = fails
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sampled(model, "sd15")
+    assert broken.__dict__.pop("forward") is fails
+    assert not [path for path, module in patcher.model.named_modules() if "forward" in module.__dict__]
+    assert torch.equal(sampled(patcher, "sd15"), base) and weights(patcher) == before
