@@ -23,7 +23,7 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.adapter import Adapter
 from ..kernels.branches import can_branch
@@ -34,11 +34,11 @@ from ..kernels.strengths.components import UNET, by_part, without_effect
 from ..kernels.strengths.schedule import Schedule, fixed
 from ..kernels.unplaced import both_bases
 from . import branching, fusing
-from .branching import BranchedLoRA, Strength, is_product
+from .branching import BranchedLoRA, Strength
 from .clocks import Course
 from .embeddings import encoders, with_words
 from .presets import block_presets
-from .targets import layout_of, names_of, parameters_of
+from .targets import Parameter, layout_of, names_of, parameters_of
 
 AUTO, FUSE, BRANCH, HOST = "auto", "fuse", "branch", "host"
 ENGINES = {
@@ -133,8 +133,8 @@ def _by_us(
     blocks = _block_weights(model, strengths)
     parts = by_part(strengths.components, present, blocks.components)
     notes = [*file.notes, *blocks.notes, *without_effect(strengths.components, present)]
-    tree = {name: model.model for name in parameters_of(model.model)}
-    text = {} if clip is None else {name: clip.cond_stage_model for name in parameters_of(clip.cond_stage_model)}
+    tree = parameters_of(model.model)
+    text = {} if clip is None else parameters_of(clip.cond_stage_model)
     unplaced = list(file.unplaced)
     on_model: dict[str, Adapter] = {}
     on_clip: dict[str, Adapter] = {}
@@ -181,12 +181,12 @@ def _block_weights(model: Any, strengths: Strengths) -> BlockWeights:
     )
 
 
-def _parameter(path: str, parameters: Mapping[str, nn.Module]) -> str | None:
+def _parameter(path: str, parameters: Mapping[str, Parameter]) -> str | None:
     """The parameter that a canonical path means."""
     return next((key for key in (f"{path}.weight", path) if key in parameters), None)
 
 
-def _places(path: str, adapter: Adapter, own: Mapping[str, nn.Module]) -> tuple[list[str], list[Unplaced]]:
+def _places(path: str, adapter: Adapter, own: Mapping[str, Parameter]) -> tuple[list[str], list[Unplaced]]:
     """The parameters that an adapter changes: the weight, and the bias where it changes that too."""
     key = _parameter(path, own)
     if key is None:
@@ -194,11 +194,10 @@ def _places(path: str, adapter: Adapter, own: Mapping[str, nn.Module]) -> tuple[
     if type(adapter).merged_bias is Adapter.merged_bias or not key.endswith(".weight"):
         return [key], []
     bias = f"{path}.bias"
-    tree = own[key]
     if bias not in own:
         moved = adapter.merged_bias(None)
         return [key], [] if moved is None else [Unplaced(bias, SHAPE, "is for a layer that has no bias")]
-    ones = torch.ones(tree.get_parameter(bias).shape)
+    ones = torch.ones(own[bias].shape)
     moved = adapter.merged_bias(ones)
     return [key] if moved is None or torch.equal(moved, ones) else [key, bias], []
 
@@ -224,14 +223,15 @@ def _on_model(
     fused: dict[str, list[tuple[Adapter, float]]] = {}
     unmoved: list[str] = []
     why: dict[str, dict[str, None]] = {}
+    parameters = parameters_of(model.model)
     for key, adapter in adapters.items():
-        strength, path = strengths[key], key.rpartition(".")[0]
-        if strength == Strength(0.0):
+        strength = strengths[key]
+        if not strength.constant:
             unmoved.append(key)
-        elif key.endswith(".bias") and f"{path}.weight" in branched:
+        elif key.endswith(".bias") and f"{key[:-5]}.weight" in branched:
             branched[key] = adapter
         else:
-            chosen, reason = _engine(model.model, key, adapter, strength, engine, fresh)
+            chosen, reason = _engine(parameters[key], key, adapter, strength, engine, fresh)
             why.setdefault(chosen, {})[reason] = None
             if chosen == BRANCH:
                 branched[key] = adapter
@@ -248,19 +248,17 @@ def _on_model(
 
 
 def _engine(
-    tree: nn.Module, key: str, adapter: Adapter, strength: Strength, engine: str, fresh: bool
+    place: Parameter, key: str, adapter: Adapter, strength: Strength, engine: str, fresh: bool
 ) -> tuple[str, str]:
     """(fuse or branch, why)."""
-    module = tree.get_submodule(key.rpartition(".")[0])
-    product = key.endswith(".weight") and is_product(module)
-    able = not product or can_branch(adapter)
+    able = not place.product or can_branch(adapter)
     if strength.schedules and engine == FUSE:
         raise ValueError("engine: fuse cannot change strengths over the run; choose auto or branch")
     if not able:
         if strength.schedules:
             raise ValueError(f"steps: this LoRA makes {key} wider, which cannot change over the run; leave it open")
         return FUSE, "layers that become wider can only be fused"
-    if any(True for child in module.children() for _ in child.parameters()):
+    if place.held_beside:
         return BRANCH, "the host patches no parameters of modules that hold others"
     if engine in (FUSE, BRANCH):
         return engine, "chosen"
@@ -268,14 +266,9 @@ def _engine(
         return BRANCH, "strengths change over the run"
     if fresh:
         return BRANCH, "trained a moment ago"
-    weight = getattr(module, key.rpartition(".")[2])
-    if product and not (type(weight) in (Tensor, nn.Parameter) and weight.dtype in fusing.PLAIN):
-        return BRANCH, f"weights in {_called(weight)}, which a patch would be rounded to"
+    if place.product and not place.ordinary:
+        return BRANCH, f"weights in {place.kept}, which a patch would be rounded to"
     return FUSE, "constant on ordinary weights"
-
-
-def _called(weight: Tensor) -> str:
-    return str(weight.dtype).removeprefix("torch.") if type(weight) in (Tensor, nn.Parameter) else type(weight).__name__
 
 
 def _on_clip(
@@ -285,6 +278,7 @@ def _on_clip(
     fused: dict[str, list[tuple[Adapter, float]]] = {}
     on_use: dict[str, tuple[Adapter, float]] = {}
     unmoved: list[str] = []
+    parameters = parameters_of(clip.cond_stage_model)
     for key, adapter in adapters.items():
         whole, part = strength.constant, parts.get(key.partition(".")[0], fixed(1.0)).constant
         if whole is None or part is None:
@@ -293,10 +287,9 @@ def _on_clip(
                 "it; use LoRA from Prompt (LoomPromptLoRA), which hands out the conditioning as well"
             )
         factor = whole * part
-        weight = clip.cond_stage_model.get_parameter(key)
         if not factor:
             unmoved.append(key)
-        elif type(weight) in (Tensor, nn.Parameter) and weight.dtype in fusing.PLAIN:
+        elif parameters[key].ordinary:
             fused[key] = [(adapter, factor)]
         else:
             on_use[key] = adapter, factor
@@ -324,8 +317,8 @@ def _nothing_fits(file: LoRAFile, unplaced: Sequence[Unplaced], clip: Any | None
     first = unplaced[0]
     why = bases or f"for example {first.key[:100]}: {first.reason}, {first.detail}"
     return (
-        f"none of the {len(unplaced)} keys of this LoRA fits the MODEL ({why}); load the base it was made for, or a LoRA "
-        "made for this one"
+        f"none of the {len(unplaced)} keys of this LoRA fits the MODEL ({why}); load the base it was made for, or a "
+        "LoRA made for this one"
     )
 
 

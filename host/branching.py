@@ -28,7 +28,8 @@ from ..kernels.branches import LayerBranch, Vectors, fused, fused_bias
 from ..kernels.strengths.schedule import Clock, ModelClock, Schedule
 from .clocks import Course, RunSigmas, sigma_of
 from .fusing import KEY
-from .layers import HostLayer, conv_geometry
+from .layers import HostLayer
+from .targets import is_product
 
 _OPTIONS = 5  # place of transformer_options among the arguments of apply_model
 
@@ -78,11 +79,6 @@ class BranchedLoRA:
 
     adapters: Mapping[str, Adapter]
     strengths: Mapping[str, Strength]
-
-
-def is_product(module: Any) -> bool:
-    """Whether a layer is linear or a convolution that a branch can hang on."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features") or conv_geometry(module) is not None
 
 
 class _AlwaysOpen:
@@ -144,20 +140,20 @@ class _Hung:
     """The branches of a stack on one loaded model, with the strengths they have at the moment."""
 
     def __init__(self, stack: Stack, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
         self.layers: list[_Layer] = []
         self.parameters: list[_Parameter] = []
         self.run = RunSigmas()
         self._values: tuple[float, ...] | None = None
         for key, parts in stack.by_parameter().items():
             path, _, name = key.rpartition(".")
-            if name == "bias" and is_product(modules[path]):
+            module = model.get_submodule(path)
+            if name == "bias" and is_product(module):
                 continue  # the branch of the weight brings it along
             adapters, which = [adapter for adapter, _ in parts], tuple(number for _, number in parts)
-            if name == "weight" and is_product(modules[path]):
-                self.layers.append(_Layer(modules[path], adapters, which))
+            if name == "weight" and is_product(module):
+                self.layers.append(_Layer(module, adapters, which))
             else:
-                self.parameters.append(_Parameter(modules[path], name, adapters, which))
+                self.parameters.append(_Parameter(module, name, adapters, which))
 
     @contextmanager
     def at(self, values: tuple[float, ...]) -> Iterator[None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels.adapter import Adapter
 from ..training.caches import DiskCache, checksum, key_of
+from .fusing import OnUse
 
 DISK_BUDGET = 32 << 30  # bytes of the cache on disk; what was unused for longest goes first
 FORMAT = 1  # of the entries and of how they are computed: raise it when either changes
@@ -39,12 +40,15 @@ def open_cache() -> DiskCache:
 
 def content_of_model(patcher: Any) -> str:
     """A key of everything that decides what the patcher's model computes. Raises UnknownContentError."""
-    asked = ("weight_wrapper_patches", "hook_patches", "forced_hooks")
-    strange = [name for name in asked if getattr(patcher, name, None)]
+    strange = [name for name in ("hook_patches", "forced_hooks") if getattr(patcher, name, None)]
+    on_use = patcher.weight_wrapper_patches
+    if not all(isinstance(function, OnUse) for functions in on_use.values() for function in functions):
+        strange.append("weight_wrapper_patches")
     if strange:
         raise UnknownContentError(f"it carries {' and '.join(strange)}")
     try:
         patches = {name: [_plain(part) for part in entries] for name, entries in patcher.patches.items()}
+        patches |= {f"{name} on use": [_plain(one.patch) for one in functions] for name, functions in on_use.items()}
         return key_of(
             FORMAT,
             comfyui_version.__version__,

@@ -30,7 +30,6 @@ from ..kernels.branches import fused, fused_bias
 from ..kernels.lora import LoRA
 
 KEY = "lora_loom"  # of our callbacks and wrappers on a patcher
-PLAIN = (torch.float32, torch.float16, torch.bfloat16)  # weights that take a patch without losing much of it
 
 # of what the host rounds by chance; newer hosts, older hosts
 seed_of: Callable[[str], int] = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
@@ -165,13 +164,18 @@ def change_strengths(patcher: Any) -> bool:
     if not _is_ordinary(patcher) or known.cast != patcher.force_cast_weights:
         return False
     wanted = {key: [_mark(entry) for entry in entries] for key, entries in patcher.patches.items()}
-    changed = [key for key, marks in wanted.items() if marks != known.patches.get(key)]
-    if wanted.keys() != known.patches.keys() or not all(_can_overwrite(patcher, key) for key in changed):
+    if wanted.keys() != known.patches.keys():
         return False
+    changed: dict[str, tuple[Tensor, Tensor]] = {}
+    for key in (key for key, marks in wanted.items() if marks != known.patches[key]):
+        pair = _pair(patcher, key)
+        if pair is None:
+            return False
+        changed[key] = pair
     model.current_weight_patches_uuid = uuid.uuid4()  # of nobody's weights: should this fail, the host begins anew
     with torch.inference_mode():
-        for key in changed:
-            _overwrite(patcher, key)
+        for key, pair in changed.items():
+            _overwrite(key, patcher.patches[key], *pair)
     model.current_weight_patches_uuid = patcher.patches_uuid
     _loaded[model] = _Loaded(patcher.patches_uuid, wanted, known.cast)
     return True
@@ -184,20 +188,22 @@ def _is_ordinary(patcher: Any) -> bool:
     return not (hooks or dynamic or patcher.model.model_lowvram)
 
 
-def _can_overwrite(patcher: Any, key: str) -> bool:
-    if key not in patcher.backup or getattr(patcher.backup[key], "inplace_update", False):
-        return False
+def _pair(patcher: Any, key: str) -> tuple[Tensor, Tensor] | None:
+    """(the weight as it is loaded, the original); None where the one cannot be overwritten from the other."""
+    entry = patcher.backup.get(key)
+    if entry is None or entry.inplace_update:
+        return None
     weight, set_function, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
-    base = patcher.backup[key].weight
-    ordinary = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, base))
-    same = ordinary and weight.shape == base.shape and weight.dtype == base.dtype
-    return same and weight.data_ptr() != base.data_ptr() and set_function is None and convert is None
+    base = entry.weight
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, base))
+    if not plain or set_function is not None or convert is not None:
+        return None
+    same = weight.shape == base.shape and weight.dtype == base.dtype and weight.data_ptr() != base.data_ptr()
+    return (weight, base) if same else None
 
 
-def _overwrite(patcher: Any, key: str) -> None:
-    """The patched weight anew, where it lies, from the original."""
-    weight, base = comfy.utils.get_attr(patcher.model, key), patcher.backup[key].weight
-    entries = patcher.patches[key]
+def _overwrite(key: str, entries: list[tuple], weight: Tensor, base: Tensor) -> None:
+    """The patched ``weight`` anew, where it lies, from the original."""
     products = _products(entries, base, weight)
     if products is not None:
         (factor, up, down), *others = products

@@ -26,11 +26,11 @@ from ..kernels.compose import Sliced
 from ..kernels.control import Widened
 from ..kernels.lora import LoRA
 from ..kernels.products import ConvGeometry, apply_weight
-from .branching import is_product
 from .diagnosis import LayerShare, Shares, percent
 from .layers import conv_geometry
 from .originals import Originals
 from .precision import host_dtype
+from .targets import is_product
 
 LAYERS, NUMBERS = 8, 1 << 20  # that are tried, and of each so many numbers where some can be had alone
 VECTORS = 64

@@ -2,19 +2,24 @@
 
 * ``names_of``: the table of names of a MODEL's layers and, with one, of a CLIP's.
 * ``layout_of``: blocks and paths of a module tree, for block weights.
-* ``parameters_of``: the names of its parameters.
+* ``parameters_of``: its parameters, and what kind of place for an adapter each is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..kernels.names import NameTable, layer_shapes
 from ..kernels.strengths.layout import Layout
+from .layers import conv_geometry
+
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)  # weights that take a patch without losing much of it
 
 T = TypeVar("T")
 _known: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
@@ -36,8 +41,37 @@ def layout_of(tree: nn.Module) -> Layout:
     return _once(tree, "layout", lambda: Layout.of(tree))
 
 
-def parameters_of(tree: nn.Module) -> frozenset[str]:
-    return _once(tree, "parameters", lambda: frozenset(name for name, _ in tree.named_parameters()))
+@dataclass(frozen=True)
+class Parameter:
+    """``product``: the weight of a linear layer or convolution; ``held_beside``: its module holds others that have
+    parameters; ``kept``: what kind of numbers it is kept in; ``ordinary``: whether a patch loses little there."""
+
+    product: bool
+    held_beside: bool
+    kept: str
+    ordinary: bool
+    shape: tuple[int, ...]
+
+
+def parameters_of(tree: nn.Module) -> dict[str, Parameter]:
+    """By name."""
+    return _once(tree, "parameters", lambda: dict(_parameters(tree)))
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether a layer is linear or a convolution that a branch can hang on."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features") or conv_geometry(module) is not None
+
+
+def _parameters(tree: nn.Module) -> Iterator[tuple[str, Parameter]]:
+    for path, module in tree.named_modules(remove_duplicate=False):
+        beside = any(True for child in module.children() for _ in child.parameters())
+        for name, value in module.named_parameters(recurse=False):
+            plain = type(value) in (Tensor, nn.Parameter)
+            kept = str(value.dtype).removeprefix("torch.") if plain else type(value).__name__
+            product = name == "weight" and is_product(module)
+            key = f"{path}.{name}" if path else name
+            yield key, Parameter(product, beside, kept, plain and value.dtype in PLAIN, tuple(value.shape))
 
 
 def _shapes(tree: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -3,13 +3,16 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import routes
+from .analysing import LoomBlockAnalyser
 from .applying import LoomLoRALoaderAdvanced
 from .dataset import LoomCombineDatasets, LoomDatasetFromImages, LoomDatasetLoader
 from .dataset_check import LoomContactSheet, LoomDatasetLint
 from .dataset_exchange import LoomDatasetToGraph, LoomDatasetToTOML, LoomDatasetUpdate
 from .dataset_settings import LoomCaptionSettings, LoomConceptSettings, LoomImageSettings
 from .files import LoomLoadLoRA, LoomSaveLoRA
+from .pairs import LoomLoRAPair
 from .presets import LoomSavePreset
+from .prompting import LoomPromptLoRA
 from .settings import (
     LoomAdapterSettings,
     LoomComponentSettings,
@@ -43,6 +46,9 @@ NODES: list[type[io.ComfyNode]] = [
     LoomComponentSettings,
     LoomSavePreset,
     LoomLoadLoRA,
+    LoomLoRAPair,
+    LoomPromptLoRA,
+    LoomBlockAnalyser,
 ]
 
 

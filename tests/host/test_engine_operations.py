@@ -104,11 +104,11 @@ def test_a_change_that_fails_is_made_good(monkeypatch):
     sampled(one, "sd15")
     calls, original = [], fusing._overwrite
 
-    def fails(patcher, key):
+    def fails(key, *weights):
         calls.append(key)
         if len(calls) == 20:
             raise comfy.model_management.InterruptProcessingException
-        original(patcher, key)
+        original(key, *weights)
 
     monkeypatch.setattr(fusing, "_overwrite", fails)
     with pytest.raises(comfy.model_management.InterruptProcessingException):

@@ -1,14 +1,19 @@
 """Both engines against weights merged in float64, on models of every build; and together with everything else."""
 
 import comfy.model_management
+import comfy.samplers
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 import tiny
 from applying import lora_on, relative, sampled
 from lora_loom.host.apply import BRANCH, FUSE, HOST, Strengths, apply_lora
+from lora_loom.kernels.names import NameTable
+from lora_loom.kernels.reading import LoRAFile
 from lora_loom.kernels.strengths.blocks import parse_blocks
 from lora_loom.kernels.strengths.schedule import fixed, parse
+from lora_loom.kernels.writing import to_tensors
 from snapshot import weights
 
 MODELS = ("sd15", "sdxl", "sd3", "flux", "qwen_image", "wan", "lumina2", "hunyuan_video")
@@ -73,10 +78,6 @@ def test_every_family(name, family, options):
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_slices_of_fused_layers(name):
     """q, k and v of a file apart, as PEFT has them, fused and branched."""
-    from lora_loom.kernels.names import NameTable
-    from lora_loom.kernels.reading import LoRAFile
-    from lora_loom.kernels.writing import to_tensors
-
     patcher = tiny.tiny(name, inference=True)
     adapters, _ = lora_on(patcher, "LoRA", preset="attention", conv=False)
     lora = to_tensors(LoRAFile(adapters, names=NameTable.of(patcher.model)), "diffusers")
@@ -113,8 +114,6 @@ def test_norms_biases_and_tables(name):
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 @pytest.mark.parametrize("scheduler", ["normal", "karras"])
 def test_a_schedule_is_two_runs_spliced(name, scheduler):
-    import comfy.samplers
-
     patcher = tiny.tiny(name, inference=True)
     _, lora = lora_on(patcher, every=2)
     steps, switch = 6, 3
@@ -189,3 +188,15 @@ def test_an_exception_leaves_nothing_behind():
     assert broken.__dict__.pop("forward") is fails
     assert not [path for path, module in patcher.model.named_modules() if "forward" in module.__dict__]
     assert torch.equal(sampled(patcher, "sd15"), base) and weights(patcher) == before
+
+
+def test_compiled_models():
+    """torch.compile sees the branches of every call, at their strength of the moment."""
+    patcher = tiny.tiny("lumina2", depth=1, inference=True)
+    _, lora = lora_on(patcher, every=3)
+    strengths = Strengths(steps=parse("0.2@1,0.9@2,-0.5@3", "steps"))
+    wanted = sampled(apply_lora(patcher, None, lora, strengths)[0], "lumina2")
+    compiled = patcher.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    model, _, _ = apply_lora(compiled, None, lora, strengths)
+    assert relative(sampled(model, "lumina2"), wanted) <= 1e-5 < 1e-3 < relative(sampled(compiled, "lumina2"), wanted)

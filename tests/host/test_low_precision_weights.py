@@ -6,6 +6,7 @@ import torch
 import tiny
 from applying import lora_on, relative, sampled
 from lora_loom.host.apply import AUTO, BRANCH, FUSE, HOST, Strengths, apply_lora
+from lora_loom.host.contents import content_of_model
 from test_quantised import OFFERED, quantised
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -103,5 +104,6 @@ def test_text_encoders_in_float8(dtype):
     assert relative(base, base_wide) <= 1e-5
     # the other one is kept in float16, to which a fused weight is rounded
     assert relative(got, wanted) <= 1e-3 < 0.01 < relative(base, wanted)
+        assert content_of_model(with_lora.patcher) != content_of_model(one.patcher)
     with torch.inference_mode():
         assert torch.equal(clip.encode_from_tokens(clip.tokenize("a red fox")), base), "the CLIP itself is as it was"

@@ -37,6 +37,9 @@ NODES = {  # the public contract, as far as it exists
     "LoomDatasetToTOML",
     "LoomComponentSettings",
     "LoomLoadLoRA",
+    "LoomPromptLoRA",
+    "LoomLoRAPair",
+    "LoomBlockAnalyser",
 }
 SECONDS = 0.5  # what importing the pack may cost at every start but the first, which also compiles it
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))

@@ -104,7 +104,7 @@ def test_names(blocks, text, wanted):
         (UNET, "output_block", "do you mean 'output_blocks'"),
         (UNET, "base3", "there is no block 'base3'"),
         (UNET, "4", "there is no block '4'"),
-        (FLUX, "inn", r"there is no block 'inn'.*double_blocks\.0-18 \(trunk\), single_blocks\.0-37 \(trunk\); in, mid"),
+        (FLUX, "inn", r"there is no block .inn.*double_blocks\.0-18 \(trunk\), single_blocks\.0-37.*; in, mid and out"),
         (FLUX, "IN19", "there is no number 19, expected 0 to 18"),
         (FLUX, "blocks.3", "there is no block 'blocks.3'"),
         (LUMINA, "refiner.0", r"there is no block 'refiner\.0', do you mean 'noise_refiner\.0'"),
