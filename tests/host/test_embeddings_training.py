@@ -86,7 +86,7 @@ def test_a_file_of_embeddings_alone_says_what_it_wants():
     nameless, model = {"emb_params": torch.randn(2, 64)}, tiny_model("sdxl")
     with pytest.raises(ValueError, match="nothing of this LoRA fits the MODEL: connect the CLIP, it holds"):
         apply_lora(model, None, nameless)
-    with pytest.raises(ValueError, match="none of the 1 keys .* example embedding.emb_params.*; load the base it was made for"):
+    with pytest.raises(ValueError, match="none of the 1 keys .* example embedding.emb_params.*; load the base it was"):
         apply_lora(model, CLIPS["sdxl"](inference=True), nameless)
     _, known, applied = apply_lora(tiny_model("sd15"), CLIPS["sd15"](inference=True), nameless)
     assert applied.words == ("embedding",)

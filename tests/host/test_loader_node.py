@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 def load(model, name=FROM_SOCKET, strength=1.0, clip=None, **options):
     """(MODEL, CLIP, words, report, the node's whole output)"""
     with torch.inference_mode():
-        result = LoomLoRALoaderAdvanced.execute(model, name, strength, options.pop("strength_clip", 1.0), clip, **options)
+        result = LoomLoRALoaderAdvanced.execute(model, name, strength, 1.0, clip, **options)
     return (*result.args, result)
 
 
@@ -54,9 +54,8 @@ def test_a_file(folder):
 def test_blocks_components_and_steps(folder):
     patcher, clip = tiny.tiny("sdxl", inference=True), tiny.tiny_dual_clip(inference=True)
     saved(folder, patcher)
-    model, _, _, report, _ = load(
-        patcher, "cat.safetensors", 0.5, clip, components="unet=0.5, te1=0.3", blocks="in=0, out/attn=2", steps="1@1, 0@3"
-    )
+    how = {"components": "unet=0.5, te1=0.3", "blocks": "in=0, out/attn=2", "steps": "1@1, 0@3"}
+    model, _, _, report, _ = load(patcher, "cat.safetensors", 0.5, clip, **how)
     assert "branched: strengths change over the run" in report and "over the run: 1@1,0@3" in report
     assert "te1" not in report.splitlines()[0]
     assert not torch.equal(sampled(model, "sdxl"), sampled(patcher, "sdxl"))
