@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -18,6 +19,7 @@ from ..kernels.sidecars import Facts
 from ..kernels.strengths.schedule import Schedule
 from ..kernels.unplaced import grouped, summary
 from .apply import BRANCH, FUSE, HOST, Applied, Strengths
+from .branching import Strength
 from .diagnosis import Shares, shares_of
 from .pictures import bar_picture, below, schedule_picture
 from .realised import realised, realised_lines
@@ -26,11 +28,9 @@ ENGINES_SHOWN = {FUSE: "fused", BRANCH: "branched", HOST: "patched by the host's
 MOST_LINES = 60
 
 
-def report(
-    name: str, applied: Applied, strengths: Strengths, facts: Facts | None, shares: Shares | None, model: Any
-) -> str:
+def report(name: str, applied: Applied, facts: Facts | None, shares: Shares | None, model: Any) -> str:
     """``shares`` of ``applied`` on ``model``, where they are wanted."""
-    lines = [_headline(name, applied, strengths)]
+    lines = [_headline(name, applied), *_idle(applied)]
     if applied.words:
         lines.append(f"the CLIP now knows {', '.join(applied.words)}")
     if facts is not None:
@@ -57,9 +57,9 @@ def shares(model: Any, applied: Applied) -> Shares:
     return shares_of(model, layer_adapters(applied), lambda path: strengths[path])
 
 
-def picture(name: str, found: Shares, strengths: Strengths) -> Image.Image:
+def picture(name: str, found: Shares, strengths: Strengths, applied: Applied) -> Image.Image:
     """Bars, and below them the weights that change over the run."""
-    parts = {title: schedule for title, schedule in _schedules(strengths).items() if schedule.constant is None}
+    parts = {title: schedule for title, schedule in _schedules(strengths, applied).items() if schedule.constant is None}
     bars = bar_picture(found.blocks, name, found.names)
     return below([bars, schedule_picture(parts, title=name)]) if parts else bars
 
@@ -73,19 +73,48 @@ def _layer(key: str) -> str:
     return key.removesuffix(".weight").removesuffix(".bias")
 
 
-def _schedules(strengths: Strengths) -> dict[str, Schedule]:
-    return {"strength": strengths.model, "steps": strengths.steps, **strengths.components}
+def _schedules(strengths: Strengths, applied: Applied) -> dict[str, Schedule]:
+    """What changes over the run: by widget, and what rules say of blocks."""
+    found = {"strength": strengths.model, "steps": strengths.steps, **strengths.components}
+    known = set(found.values())
+    rules = dict.fromkeys(s for strength in applied.strengths.values() for s in strength.schedules if s not in known)
+    return found | {f"blocks: {schedule}"[:60]: schedule for schedule in rules}
 
 
-def _headline(name: str, applied: Applied, strengths: Strengths) -> str:
+def _headline(name: str, applied: Applied) -> str:
     parts = []
-    engines = [f"{ENGINES_SHOWN[engine]}: {why}" for engine, why in applied.why.items()]
     if applied.model_weights:
-        how = f" ({'; '.join(engines)})" if engines else ""
-        parts.append(f"{applied.model_weights} weights of the MODEL at {strengths.model}{how}")
+        acting = [applied.strengths[key] for key in (*applied.fused, *applied.branched) if key in applied.strengths]
+        engines = "; ".join(f"{ENGINES_SHOWN[engine]}: {why}" for engine, why in applied.why.items())
+        how = f" ({engines})" if engines else ""
+        parts.append(f"{applied.model_weights} weights of the MODEL{_at(acting)}{how}")
     if applied.clip_weights:
-        rounded = f", {len(applied.clip_branched)} of them on use" if applied.clip_branched else ""
-        parts.append(f"{applied.clip_weights} of the CLIP at {strengths.clip}{rounded}")
-    if str(strengths.steps) != "1":
-        parts.append(f"over the {strengths.course.clock}: {strengths.steps}")
-    return f"{name}: " + (", ".join(parts) or "nothing acts")
+        at = [Strength(strength) for strength in applied.clip_strengths.values() if strength]
+        rounded = f", {len(applied.clip_branched)} of them merged on use" if applied.clip_branched else ""
+        parts.append(f"{applied.clip_weights} of the CLIP{_at(at)}{rounded}")
+    return f"{name}: " + (", ".join(parts) or "nothing acts, since all of it is at strength 0")
+
+
+def _at(strengths: Sequence[Strength]) -> str:
+    """ " at 0.7", " at 0.2 to 1", or how they change."""
+    if not strengths:
+        return ""
+    low, high = min(s.constant for s in strengths), max(s.constant for s in strengths)
+    text = f" at {low:g}" if low == high else f" at {low:g} to {high:g}"
+    changing = dict.fromkeys(str(schedule) for strength in strengths for schedule in strength.schedules)
+    if changing:
+        courses = dict.fromkeys(strength.course.clock for strength in strengths if strength.schedules)
+        text += f" times {' and '.join(changing)} over the {' and '.join(courses)}"
+    return text
+
+
+def _idle(applied: Applied) -> list[str]:
+    """What is left as it is, and what branches are no part of."""
+    acting = {*applied.fused, *applied.branched}
+    idle = sum(key not in acting for key in applied.strengths)
+    idle_text = sum(not strength for strength in applied.clip_strengths.values())
+    lines = [f"{idle} weights of the MODEL are left as they are: their factor is 0"] if idle else []
+    lines += [f"{idle_text} weights of the CLIP are left as they are: their factor is 0"] if idle_text else []
+    if applied.branched:
+        lines.append("what is branched is no part of what nodes that save or merge models write: choose fuse for those")
+    return lines

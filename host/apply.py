@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.adapter import Adapter
-from ..kernels.branches import can_branch
+from ..kernels.blocks import MODEL_PREFIX
+from ..kernels.branches import can_branch, needs_weight
 from ..kernels.embeddings import by_encoder
 from ..kernels.reading import NO_ENCODER, SHAPE, UNKNOWN, LoRAFile, Unplaced, read_lora
 from ..kernels.strengths.blocks import BlockWeights, parse_blocks
@@ -48,7 +49,14 @@ ENGINES = {
     BRANCH: "keeps the weights as they are: a few per cent per step, and strengths cost nothing to change",
     HOST: "the loader of ComfyUI itself, to compare: no blocks, components or steps",
 }
+_ONE = fixed(1.0)
 _NOT_LOADED = "lora key not loaded"
+# parts that newer hosts call while they prepare the text, in models that have this method
+_TEXT_METHOD = "preprocess_text_embeds"
+_TEXT_PARTS = (
+    *("llm_adapter", "token_refiner", "condition_proj"),
+    *("video_embeddings_connector", "audio_embeddings_connector"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,10 @@ class Strengths:
 
 @dataclass(frozen=True)
 class Applied:
-    """What happened, by parameters of MODEL and CLIP; ``adapters`` by the same, ``strengths`` of the MODEL's.
+    """What happened, by parameters of MODEL and CLIP; ``fused`` and ``branched`` act at a strength other than 0.
 
-    ``why``: engine → what made it necessary, in words.
+    ``why``: engine → what made it necessary, in words; ``adapters`` and ``strengths`` of all that fit the MODEL,
+    ``clip_strengths`` of all that fit the CLIP.
     """
 
     fused: tuple[str, ...] = ()
@@ -88,6 +97,7 @@ class Applied:
     why: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     strengths: Mapping[str, Strength] = field(default_factory=dict)
+    clip_strengths: Mapping[str, float] = field(default_factory=dict)
     file: LoRAFile | None = None
 
     @property
@@ -121,7 +131,8 @@ def apply_lora(
     else:
         result = _by_us(model, clip, file, strengths, engine, fresh)
     new_model, new_clip, applied = result
-    if not (applied.model_weights or applied.clip_weights or applied.words):
+    fits = applied.adapters or applied.clip_strengths or applied.words or applied.model_weights or applied.clip_weights
+    if not (fits or (clip is not None and file.embeddings and not strengths.clip.constant)):
         raise ValueError(_nothing_fits(file, applied.unplaced, clip))
     return new_model, new_clip, applied
 
@@ -144,14 +155,22 @@ def _by_us(
         (on_clip if own is text else on_model).update(dict.fromkeys(keys, adapter))
         unplaced += lost
     on_model_at = _strengths_on_model(on_model, blocks, parts, strengths)
+    if blocks.weights and on_model and all(blocks.of(_layer(key)) == _ONE for key in on_model):
+        notes.append("blocks: no effect, this LoRA is on none of the layers that it names")
     new_model, done, why = _on_model(model, on_model, on_model_at, engine, fresh)
     new_clip = clip
     on_clip_done: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    on_clip_at: dict[str, float] = {}
     words: tuple[str, ...] = ()
     if clip is not None:
-        new_clip, words, unfit = _with_words(clip, file)
-        unplaced += unfit
-        on_clip_done = _on_clip(new_clip, on_clip, parts, strengths.clip)
+        on_clip_at = _strengths_on_clip(on_clip, parts, strengths.clip)
+        if file.embeddings and strengths.clip.constant == 0:
+            new_clip = clip.clone()
+            notes.append(f"the strength on the CLIP is 0, so {', '.join(file.embeddings)} is no word of it")
+        else:
+            new_clip, words, unfit = _with_words(clip, file)
+            unplaced += unfit
+        on_clip_done = _on_clip(new_clip, on_clip, on_clip_at)
     else:
         unplaced += [
             Unplaced(f"{word}.{encoder}", NO_ENCODER, "is an embedding, and there is no CLIP connected")
@@ -161,7 +180,9 @@ def _by_us(
     return (
         new_model,
         new_clip,
-        Applied(*done, *on_clip_done, tuple(unplaced), words, tuple(notes), why, on_model, on_model_at, file),
+        Applied(
+            *done, *on_clip_done, tuple(unplaced), words, tuple(notes), why, on_model, on_model_at, on_clip_at, file
+        ),
     )
 
 
@@ -179,6 +200,11 @@ def _block_weights(model: Any, strengths: Strengths) -> BlockWeights:
         letters=strengths.letters,
         presets=block_presets(),
     )
+
+
+def _layer(key: str) -> str:
+    """The canonical path that a parameter belongs to."""
+    return key.removesuffix(".weight").removesuffix(".bias")
 
 
 def _parameter(path: str, parameters: Mapping[str, Parameter]) -> str | None:
@@ -209,7 +235,7 @@ def _strengths_on_model(
     known: dict[Schedule, Strength] = {}  # most layers have the same
     found = {}
     for key in adapters:
-        own = blocks.of(key.rpartition(".")[0] if key.endswith((".weight", ".bias")) else key)
+        own = blocks.of(_layer(key))
         if own not in known:
             known[own] = Strength.of((*common, own), strengths.course)
         found[key] = known[own]
@@ -219,42 +245,50 @@ def _strengths_on_model(
 def _on_model(
     model: Any, adapters: Mapping[str, Adapter], strengths: Mapping[str, Strength], engine: str, fresh: bool
 ) -> tuple[Any, tuple[tuple[str, ...], tuple[str, ...]], dict[str, str]]:
+    clone, parameters = model.clone(), parameters_of(model.model)
+    network = getattr(model.model, MODEL_PREFIX[:-1], None)
+    once = tuple(f"{MODEL_PREFIX}{part}." for part in _TEXT_PARTS) if hasattr(network, _TEXT_METHOD) else ()
+    stack = branching.stack_on(clone)
+    beside = {} if stack is None else stack.by_parameter()
     branched: dict[str, Adapter] = {}
     fused: dict[str, list[tuple[Adapter, float]]] = {}
-    unmoved: list[str] = []
     why: dict[str, dict[str, None]] = {}
-    parameters = parameters_of(model.model)
     for key, adapter in adapters.items():
-        strength = strengths[key]
+        strength, weight = strengths[key], f"{key.removesuffix('.bias')}.weight"
         if not strength.constant:
-            unmoved.append(key)
-        elif key.endswith(".bias") and f"{key[:-5]}.weight" in branched:
-            branched[key] = adapter
+            continue
+        if key.endswith(".bias") and (weight in branched or weight in fused):  # goes where the weight goes
+            chosen = BRANCH if weight in branched else FUSE
+        elif key.startswith(once):
+            chosen = FUSE
+            why.setdefault(FUSE, {})["layers that run once, before the steps, at the first weight"] = None
         else:
             chosen, reason = _engine(parameters[key], key, adapter, strength, engine, fresh)
+            others = [other for other, _ in beside.get(key, ())]
+            others += [other for other, *_ in fusing.parts_on(clone, key)]
+            chosen, reason = _together(key, adapter, strength, others, beside, chosen, reason)
             why.setdefault(chosen, {})[reason] = None
-            if chosen == BRANCH:
-                branched[key] = adapter
-            else:
-                fused[key] = [(adapter, strength.constant)]
-    clone = model.clone()
+        if chosen == BRANCH:
+            branched[key] = adapter
+        else:
+            fused[key] = [(adapter, strength.begin)]
+    _keep_together(clone, fused, branched)
     if fused:
         fusing.add_fused(clone, fused)
         fusing.install(clone)
     if branched:
         branching.put(clone, BranchedLoRA(branched, {key: strengths[key] for key in branched}))
     reasons = {chosen: ", ".join(found) for chosen, found in why.items()}
-    return clone, ((*fused, *unmoved), tuple(branched)), reasons
+    return clone, (tuple(fused), tuple(branched)), reasons
 
 
 def _engine(
     place: Parameter, key: str, adapter: Adapter, strength: Strength, engine: str, fresh: bool
 ) -> tuple[str, str]:
     """(fuse or branch, why)."""
-    able = not place.product or can_branch(adapter)
     if strength.schedules and engine == FUSE:
         raise ValueError("engine: fuse cannot change strengths over the run; choose auto or branch")
-    if not able:
+    if place.product and not can_branch(adapter):
         if strength.schedules:
             raise ValueError(f"steps: this LoRA makes {key} wider, which cannot change over the run; leave it open")
         return FUSE, "layers that become wider can only be fused"
@@ -271,33 +305,79 @@ def _engine(
     return FUSE, "constant on ordinary weights"
 
 
-def _on_clip(
-    clip: Any, adapters: Mapping[str, Adapter], parts: Mapping[str, Schedule], strength: Schedule
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Patch ``clip``, a clone that is the caller's: (fused, merged on use)."""
-    fused: dict[str, list[tuple[Adapter, float]]] = {}
-    on_use: dict[str, tuple[Adapter, float]] = {}
-    unmoved: list[str] = []
-    parameters = parameters_of(clip.cond_stage_model)
-    for key, adapter in adapters.items():
+def _together(
+    key: str,
+    adapter: Adapter,
+    strength: Strength,
+    others: Sequence[Adapter],
+    beside: Mapping[str, Any],
+    chosen: str,
+    reason: str,
+) -> tuple[str, str]:
+    """Where another of our LoRAs is on the same weight: all of them see it as it is without any, so what depends on
+    the weight must not find another fused into it."""
+    wider = [other for other in (adapter, *others) if not can_branch(other)]
+    if wider and others:
+        if strength.schedules or key in beside:
+            raise ValueError(
+                f"engine: a control LoRA makes {key} wider, and another LoRA on it acts beside the weight; choose fuse "
+                "and constant strengths for both"
+            )
+        return FUSE, "beside a LoRA that makes the layer wider"
+    if chosen == FUSE and any(needs_weight(other) for other, _ in beside.get(key, ())):
+        return BRANCH, "beside a LoRA that depends on the weight"
+    return chosen, reason
+
+
+def _keep_together(clone: Any, fused: Mapping[str, Any], branched: Mapping[str, Adapter]) -> None:
+    """What is fused of earlier LoRAs where ours depends on the weight and acts beside it goes beside it, too."""
+    moved: dict[str, Adapter] = {}
+    strengths: dict[str, Strength] = {}
+    for key, adapter in branched.items():
+        if needs_weight(adapter):
+            for number, (other, strength, *_) in enumerate(fusing.take_off(clone, key)):
+                if number == 0:
+                    moved[key], strengths[key] = other, Strength(strength)
+                else:
+                    branching.put(clone, BranchedLoRA({key: other}, {key: Strength(strength)}))
+    if moved:
+        branching.put(clone, BranchedLoRA(moved, strengths))
+
+
+def _strengths_on_clip(
+    adapters: Mapping[str, Adapter], parts: Mapping[str, Schedule], strength: Schedule
+) -> dict[str, float]:
+    found = {}
+    for key in adapters:
         whole, part = strength.constant, parts.get(key.partition(".")[0], fixed(1.0)).constant
         if whole is None or part is None:
             raise ValueError(
                 "components: a text encoder's strength cannot change over the run here, since a CLIP encodes before "
                 "it; use LoRA from Prompt (LoomPromptLoRA), which hands out the conditioning as well"
             )
-        factor = whole * part
-        if not factor:
-            unmoved.append(key)
-        elif parameters[key].ordinary:
-            fused[key] = [(adapter, factor)]
+        found[key] = whole * part
+    return found
+
+
+def _on_clip(
+    clip: Any, adapters: Mapping[str, Adapter], strengths: Mapping[str, float]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Patch ``clip``, a clone that is the caller's: (fused, merged on use)."""
+    fused: dict[str, list[tuple[Adapter, float]]] = {}
+    on_use: dict[str, tuple[Adapter, float]] = {}
+    parameters = parameters_of(clip.cond_stage_model)
+    for key, adapter in adapters.items():
+        if not strengths[key]:
+            continue
+        if parameters[key].ordinary or not parameters[key].cast:
+            fused[key] = [(adapter, strengths[key])]
         else:
-            on_use[key] = adapter, factor
+            on_use[key] = adapter, strengths[key]
     if fused:
         fusing.add_fused(clip.patcher, fused)
     for key, (adapter, factor) in on_use.items():
         clip.patcher.add_weight_wrapper(key, fusing.OnUse(key, adapter, factor))
-    return (*fused, *unmoved), tuple(on_use)
+    return tuple(fused), tuple(on_use)
 
 
 def _with_words(clip: Any, file: LoRAFile) -> tuple[Any, tuple[str, ...], list[Unplaced]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..kernels.strengths.schedule import Clock, ModelClock
 RUN, TRAJECTORY = "run", "trajectory"
 CLOCKS = (RUN, TRAJECTORY)
 _HALVINGS = 40
+_LEVELS = 4096  # noise levels whose place is remembered
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,16 @@ class Course:
         if self.clock == RUN and self.sigmas:
             raise ValueError("sigmas: they count for the clock 'trajectory' only; choose it, or leave sigmas open")
 
+    def without_effect(self, changes: bool) -> list[str]:
+        """What is chosen in vain, in sentences; ``changes``: whether any weight changes over the run."""
+        if changes or self.clock == RUN:
+            return []
+        return [f"clock: {self.clock} has no effect, since no weight changes over the run"]
+
     def clock_in(self, run: Sequence[float] | None, sampling: Any) -> Clock | ModelClock:
         """``run``: the sigmas of the sampler's run, None outside of samplers; ``sampling``: the model's."""
         sigmas = self.sigmas if self.clock == TRAJECTORY else run
-        return Clock(sigmas) if sigmas else ModelClock(lambda sigma: fraction_of(sampling, sigma))
+        return Clock(sigmas) if sigmas else ModelClock(lru_cache(_LEVELS)(partial(fraction_of, sampling)))
 
 
 def fraction_of(sampling: Any, sigma: float) -> float:

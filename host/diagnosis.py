@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -30,6 +31,9 @@ from .originals import Originals, UnreadableError
 
 BUDGET = 1 << 28  # numbers of weights that are made dense for one report, seconds on a processor
 SHOWN = 3  # strongest and weakest blocks in words
+
+# ‖ΔW‖ that the adapter alone tells, for as long as it lives: adapters that are applied do not change
+_CHANGES: WeakKeyDictionary[Adapter, float] = WeakKeyDictionary()
 
 
 class LayerShare(NamedTuple):
@@ -127,8 +131,11 @@ def shares_of(patcher: Any, adapters: Mapping[str, Adapter], factor: Callable[[s
 
 def change_of(adapter: Adapter, path: str, originals: Originals) -> float:
     """‖ΔW‖ at full strength. Raises UnreadableError where that takes W and W cannot be read."""
-    known = _known(adapter)
+    known = _CHANGES.get(adapter)
+    if known is None:
+        known = _known(adapter)
     if known is not None:
+        _CHANGES[adapter] = known
         return known
     weight = originals.dense(path)
     while isinstance(adapter, Widened):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -92,12 +92,26 @@ def add_fused(patcher: Any, adapters: Mapping[str, Sequence[tuple[Adapter, float
     """Patch parameters, ``key`` → (adapter, strength)s, of ``patcher``, a clone that is the caller's."""
     new: dict[str, FusedPatch] = {}
     for key, parts in adapters.items():
-        before: tuple[Part, ...] = ()
-        entries = patcher.patches.get(key, [])
-        if entries and _is_ours(entries[-1]):
-            before = entries.pop()[1].weights
+        before = take_off(patcher, key)
         new[key] = FusedPatch(set(), (*before, *(part(adapter, strength) for adapter, strength in parts)))
     patcher.add_patches(new)
+
+
+def parts_on(patcher: Any, key: str) -> tuple[Part, ...]:
+    """What our loaders fuse last on a parameter; nothing where another's patch came behind."""
+    entries = patcher.patches.get(key, [])
+    return entries[-1][1].weights if entries and _is_ours(entries[-1]) else ()
+
+
+def take_off(patcher: Any, key: str) -> tuple[Part, ...]:
+    """``parts_on``, taken off ``patcher``, a clone that is the caller's."""
+    parts = parts_on(patcher, key)
+    if parts:
+        patcher.patches[key].pop()
+        if not patcher.patches[key]:
+            del patcher.patches[key]
+        patcher.patches_uuid = uuid.uuid4()
+    return parts
 
 
 def _is_ours(entry: tuple) -> bool:
@@ -116,6 +130,7 @@ class _Loaded:
     mark: uuid.UUID
     patches: dict[str, list[tuple]]
     cast: bool
+    ordinary: bool
 
 
 _loaded: WeakKeyDictionary[nn.Module, _Loaded] = WeakKeyDictionary()
@@ -130,7 +145,7 @@ def install(patcher: Any) -> None:
 
 def _remember(patcher: Any, *_: Any) -> None:
     marks = {key: [_mark(entry) for entry in entries] for key, entries in patcher.patches.items()}
-    _loaded[patcher.model] = _Loaded(patcher.patches_uuid, marks, patcher.force_cast_weights)
+    _loaded[patcher.model] = _Loaded(patcher.patches_uuid, marks, patcher.force_cast_weights, _is_ordinary(patcher))
 
 
 def _mark(entry: tuple) -> tuple:
@@ -161,7 +176,7 @@ def change_strengths(patcher: Any) -> bool:
     known = _loaded.get(model)
     if known is None or known.mark != model.current_weight_patches_uuid or known.mark == patcher.patches_uuid:
         return False
-    if not _is_ordinary(patcher) or known.cast != patcher.force_cast_weights:
+    if not (known.ordinary and _is_ordinary(patcher)) or known.cast != patcher.force_cast_weights:
         return False
     wanted = {key: [_mark(entry) for entry in entries] for key, entries in patcher.patches.items()}
     if wanted.keys() != known.patches.keys():
@@ -177,7 +192,7 @@ def change_strengths(patcher: Any) -> bool:
         for key, pair in changed.items():
             _overwrite(key, patcher.patches[key], *pair)
     model.current_weight_patches_uuid = patcher.patches_uuid
-    _loaded[model] = _Loaded(patcher.patches_uuid, wanted, known.cast)
+    _loaded[model] = replace(known, mark=patcher.patches_uuid, patches=wanted)
     return True
 
 
@@ -207,8 +222,8 @@ def _overwrite(key: str, entries: list[tuple], weight: Tensor, base: Tensor) -> 
     products = _products(entries, base, weight)
     if products is not None:
         (factor, up, down), *others = products
-        target = weight.view(len(weight), -1)
-        torch.addmm(base.view(len(base), -1), up, down, alpha=factor, out=target)
+        target, source = weight.view(len(weight), -1), base.to(weight.device).view(len(base), -1)
+        torch.addmm(source, up, down, alpha=factor, out=target)
         for factor, up, down in others:
             target.addmm_(up, down, alpha=factor)
         return
@@ -219,7 +234,7 @@ def _overwrite(key: str, entries: list[tuple], weight: Tensor, base: Tensor) -> 
 
 def _products(entries: list[tuple], base: Tensor, weight: Tensor) -> list[tuple[float, Tensor, Tensor]] | None:
     """(factor, up, down) of all that is on a weight, where that is nothing but products of two matrices."""
-    if len(entries) != 1 or not _is_ours(entries[0]) or base.device != weight.device:
+    if len(entries) != 1 or not _is_ours(entries[0]):
         return None
     if weight.dtype != torch.float32 or not (base.is_contiguous() and weight.is_contiguous()):
         return None

@@ -13,6 +13,7 @@ from typing import Any
 from ..kernels.adapter import Adapter
 from . import branching, fusing
 from .denoiser import UnsupportedModelError
+from .targets import parameters_of
 
 COMPILE = "torch.compile"  # the host's key for its wrapper
 KEPT_OBJECTS = {"model_sampling", "latent_format", "manual_cast_dtype"}
@@ -49,7 +50,7 @@ def trainable_clone(patcher: Any, what: str = "MODEL") -> tuple[Any, list[str]]:
     stack = branching.stack_on(patcher)
     if stack is not None:
         notes.append(f"trains on top of {len(stack.loras)} LoRA(s) beside the weights of the {what}")
-        fusing.add_fused(clone, _constant(stack, what))
+        fusing.add_fused(clone, _constant(patcher, stack, what))
     clone.object_patches = objects
     clone.model_options = {"transformer_options": {}}
     clone.wrappers, clone.callbacks, clone.injections, clone.additional_models = {}, {}, {}, {}
@@ -57,12 +58,20 @@ def trainable_clone(patcher: Any, what: str = "MODEL") -> tuple[Any, list[str]]:
     return clone, notes
 
 
-def _constant(stack: branching.Stack, what: str) -> dict[str, list[tuple[Adapter, float]]]:
+def _constant(patcher: Any, stack: branching.Stack, what: str) -> dict[str, list[tuple[Adapter, float]]]:
     """The LoRAs of a stack, to be fused for as long as is trained."""
     if any(strength.schedules for strength in stack.strengths):
         raise UnsupportedModelError(
             f"the {what} carries a LoRA whose strength changes over a sampling run. Set one strength for it (steps and "
             f"blocks without @) to train on top of it, or train on the {what} before it."
+        )
+    places = parameters_of(patcher.model)
+    lost = [key for key in stack.by_parameter() if places[key].held_beside or not places[key].ordinary]
+    if lost:
+        first = places[lost[0]]
+        raise UnsupportedModelError(
+            f"the {what} carries a LoRA on {lost[0]}, which training would have to fuse and cannot without loss "
+            f"(it is kept in {first.kept}, or the host does not patch it). Train on the {what} before that LoRA."
         )
     return {
         key: [(adapter, stack.strengths[number].constant) for adapter, number in parts]

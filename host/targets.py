@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +44,32 @@ def layout_of(tree: nn.Module) -> Layout:
 @dataclass(frozen=True)
 class Parameter:
     """``product``: the weight of a linear layer or convolution; ``held_beside``: its module holds others that have
-    parameters; ``kept``: what kind of numbers it is kept in; ``ordinary``: whether a patch loses little there."""
+    parameters; ``cast``: the host casts it on use, where patches can act as well."""
 
     product: bool
     held_beside: bool
-    kept: str
-    ordinary: bool
+    cast: bool
     shape: tuple[int, ...]
+    _module: ref[nn.Module]
+    _name: str
+
+    @property
+    def _value(self) -> Tensor | None:
+        module = self._module()
+        return None if module is None else module._parameters.get(self._name)
+
+    @property
+    def kept(self) -> str:
+        """What kind of numbers it is kept in at the moment."""
+        value = self._value
+        plain = type(value) in (Tensor, nn.Parameter)
+        return str(value.dtype).removeprefix("torch.") if value is not None and plain else type(value).__name__
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether a patch loses little there."""
+        value = self._value
+        return value is not None and type(value) in (Tensor, nn.Parameter) and value.dtype in PLAIN
 
 
 def parameters_of(tree: nn.Module) -> dict[str, Parameter]:
@@ -67,11 +86,9 @@ def _parameters(tree: nn.Module) -> Iterator[tuple[str, Parameter]]:
     for path, module in tree.named_modules(remove_duplicate=False):
         beside = any(True for child in module.children() for _ in child.parameters())
         for name, value in module.named_parameters(recurse=False):
-            plain = type(value) in (Tensor, nn.Parameter)
-            kept = str(value.dtype).removeprefix("torch.") if plain else type(value).__name__
-            product = name == "weight" and is_product(module)
+            product, cast = name == "weight" and is_product(module), hasattr(module, f"{name}_function")
             key = f"{path}.{name}" if path else name
-            yield key, Parameter(product, beside, kept, plain and value.dtype in PLAIN, tuple(value.shape))
+            yield key, Parameter(product, beside, cast, tuple(value.shape), ref(module), name)
 
 
 def _shapes(tree: nn.Module) -> dict[str, tuple[int, ...]]:

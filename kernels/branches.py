@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -39,17 +40,30 @@ def can_branch(adapter: Adapter) -> bool:
 
 def fused(weight: Tensor, parts: Sequence[tuple[Adapter, float]]) -> Tensor:
     """W + Σ s (W' − W) of (adapter, strength), float32 or wider; ``weight`` itself, overwritten, where it is that."""
-    if len(parts) == 1 and not can_branch(parts[0][0]):
-        return parts[0][0].merged(wide(weight), parts[0][1])
     base = wide(weight)
     pieces = [(piece, strength) for adapter, strength in parts for piece in _pieces(adapter)]
-    apart = [strength * adapter.difference(base) for adapter, strength in pieces if not _alike_everywhere(adapter)]
+    wider = [(adapter, strength) for adapter, strength in pieces if not can_branch(adapter)]
+    if wider:
+        return _fused_wider(base, [piece for piece in pieces if piece not in wider], wider)
+    apart = [strength * adapter.difference(base) for adapter, strength in pieces if needs_weight(adapter)]
     for adapter, strength in pieces:
-        if _alike_everywhere(adapter):
+        if not needs_weight(adapter):
             base = adapter.added_to(base, strength)
     for difference in apart:
         base = base.add_(difference)
     return base
+
+
+def _fused_wider(
+    weight: Tensor, plain: Sequence[tuple[Adapter, float]], wider: Sequence[tuple[Adapter, float]]
+) -> Tensor:
+    """Where some make the layer wider: [W 0] + Σ s (W' − [W 0]), and the others on the columns that were there."""
+    grown = [adapter.merged(weight, strength) for adapter, strength in wider]
+    total = sum(grown[1:], grown[0])
+    columns = total[:, : weight.shape[1]]
+    columns.sub_(weight, alpha=len(grown) - 1)
+    columns.add_(fused(weight.clone(), plain) - weight)
+    return total
 
 
 def fused_bias(bias: Tensor, parts: Sequence[tuple[Adapter, float]]) -> Tensor:
@@ -59,9 +73,11 @@ def fused_bias(bias: Tensor, parts: Sequence[tuple[Adapter, float]]) -> Tensor:
     return sum((other - base for other in moved if other is not None), base.clone())
 
 
-def _alike_everywhere(adapter: Adapter) -> bool:
-    """Whether its difference is the same for every weight."""
-    return _alike_everywhere(adapter.inner) if isinstance(adapter, Wrapper) else isinstance(adapter, Additive)
+def needs_weight(adapter: Adapter) -> bool:
+    """Whether what it adds depends on the weight it is put on: rotations, DoRA, (IA)³."""
+    if isinstance(adapter, Sum):
+        return any(needs_weight(part) for part in adapter.parts)
+    return needs_weight(adapter.inner) if isinstance(adapter, Wrapper) else not isinstance(adapter, Additive)
 
 
 class _Pair(NamedTuple):
@@ -121,8 +137,6 @@ class LayerBranch:
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Stack the factors on ``device``, for inputs of ``dtype``; a single pair stays the very tensors it was."""
-        if self._place == (device, dtype):
-            return
         self._others = [(number, adapter.to(device)) for number, adapter in self._others]
         self._down, self._groups = None, []
         if self._pairs:
@@ -159,7 +173,8 @@ class LayerBranch:
 
     def __call__(self, x: Tensor, base_out: Tensor, layer: FrozenLayer) -> Tensor:
         """The layer's output with the adapters, from ``base_out``, its output without; may write into that."""
-        self.prepare(x.device, x.dtype)
+        if self._place != (x.device, x.dtype):
+            self.prepare(x.device, x.dtype)
         y = base_out
         acting = [(number, adapter) for number, adapter in self._others if self.strengths[number]]
         for number, adapter in acting:  # all of them see what the layer gives without any
@@ -188,7 +203,8 @@ class LayerBranch:
 
     def on_weight(self, x: Tensor, layer: FrozenLayer) -> Tensor:
         """The layer's output with the adapters, by a weight W + Σ s ΔW that lives as long as the product."""
-        self.prepare(x.device, x.dtype)
+        if self._place != (x.device, x.dtype):
+            self.prepare(x.device, x.dtype)
         down = self._down
         assert down is not None
         with layer.weight(x) as weight:
@@ -250,7 +266,7 @@ def _low_rank(number: int, adapter: Adapter) -> _Pair | None:
 
 def _joined(tensors: Sequence[Tensor], dimension: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Together on ``device``; in ``dtype`` where that is no wider than what they are."""
-    stored = max((tensor.dtype for tensor in tensors), key=lambda kind: kind.itemsize)
+    stored = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     kept = dtype if dtype.itemsize <= stored.itemsize else stored
     moved = [tensor.to(device, kept) for tensor in tensors]
     return moved[0] if len(moved) == 1 else torch.cat(moved, dimension)

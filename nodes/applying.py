@@ -210,6 +210,6 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         applied.log(loaded.name, found)
         facts = loaded.facts()
         shares = applied.shares(model, found) if picture and found.adapters else None
-        text = applied.report(loaded.name, found, strengths, facts, shares, model)
-        shown = preview(applied.picture(loaded.name, shares, strengths)) if shares is not None else None
+        text = applied.report(loaded.name, found, facts, shares, model)
+        shown = preview(applied.picture(loaded.name, shares, strengths, found)) if shares is not None else None
         return io.NodeOutput(new_model, new_clip, ", ".join(facts.words), text, ui=shown)

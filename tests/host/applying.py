@@ -33,6 +33,16 @@ def lora_on(patcher, family="LoRA", options=None, preset="full", conv=True, seed
     return adapters, to_tensors(LoRAFile(adapters, names=NameTable.of(patcher.model)))
 
 
+def norms(patcher, seed, size=0.2):
+    """Differences of all vectors that are weights."""
+    draws = torch.Generator().manual_seed(seed)
+    found = {}
+    for key, weight in patcher.model.named_parameters():
+        if weight.ndim == 1 and key.endswith(".weight"):
+            found[f"{key[:-7]}.diff"] = size * torch.randn(weight.shape, generator=draws)
+    return found
+
+
 def noise_for(name, seed=3):
     return comfy.sample.prepare_noise(tiny.latent(name), seed)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from applying import lora_on, sampled
+from applying import lora_on, norms, sampled
 from lora_loom.host import fusing
 from lora_loom.host.apply import AUTO, BRANCH, FUSE, HOST, Strengths, apply_lora
 from lora_loom.kernels.strengths.schedule import fixed, parse
@@ -45,6 +45,7 @@ def test_random_operations(seed):
     plain, before = sampled(base, "sd15", steps=2), weights(base)
     files = [lora_on(base, seed=number, every=2, size=0.05)[1] for number in range(3)]
     files += [lora_on(base, "IA3", seed=4, every=3)[1], lora_on(base, "LoKr", seed=5, every=3)[1]]
+    files += [norms(base, 6, 0.05), lora_on(base, "LoRA", {"dora": "output"}, seed=7, every=3)[1]]
     started = live_bytes()
     live = [(base, plain)]
     kinds = {"add": 0, "clone": 0, "remove": 0, "unload": 0, "again": 0}

@@ -56,7 +56,8 @@ def test_blocks_components_and_steps(folder):
     saved(folder, patcher)
     how = {"components": "unet=0.5, te1=0.3", "blocks": "in=0, out/attn=2", "steps": "1@1, 0@3"}
     model, _, _, report, _ = load(patcher, "cat.safetensors", 0.5, clip, **how)
-    assert "branched: strengths change over the run" in report and "over the run: 1@1,0@3" in report
+    assert "branched: strengths change over the run" in report and "at 0.25 to 0.5 times 1@1,0@3 over the run" in report
+    assert "31 weights of the MODEL are left as they are: their factor is 0" in report
     assert "te1" not in report.splitlines()[0]
     assert not torch.equal(sampled(model, "sdxl"), sampled(patcher, "sdxl"))
     with pytest.raises(ValueError, match="engine: fuse cannot change strengths"):
