@@ -3,25 +3,34 @@
 * ``lora_names``, ``load``, ``file_state``: what lies in the host's LoRA folders
 * ``sources``, ``load_source``, ``path_of``, ``source_state``: those, and what runs keep: ``run: cat``,
   ``run: cat (best)``, ``run: cat (step 500)``
+* ``state_of``, ``state_of_path``: change with all that a node makes of a LoRA: the file, what lies beside it, presets of
+  block weights
 * ``place_for``, ``free_place_for``, ``listed_name``: where a file is written, and what it is listed under
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 
+from ..kernels.peft_config import config_file
 from ..kernels.safetensors_io import LoraModel, load_tensors
+from ..kernels.sidecars import files_beside
+from .presets import block_presets
 from .runs import RunError, checked_name
 
 SUFFIX = ".safetensors"
 RUN = "run: "
 MAX_NAME = 200
+_ENDINGS = (SUFFIX, ".json", ".info", ".txt")  # of files that say something
+_PART_OF_TIME, _LONGEST = 20, 5.0  # all files are looked at in one twentieth of the time, and at least so many seconds
 _KINDS = re.compile(r"-(?:step(?P<step>\d{1,9})|(?P<kind>best|ema))", re.ASCII)
 
 
@@ -106,9 +115,68 @@ def _kept_in(folder: Path) -> Iterator[tuple[str, str]]:
             yield f"{RUN}{name}", str(path)
 
 
-def _state(path: str) -> str:
+def _state(path: str | Path) -> str:
     status = os.stat(path)
     return f"{status.st_mtime_ns} {status.st_size}"
+
+
+# -- has anything changed?
+
+
+def state_of(name: Any) -> str:
+    """Changes with the file called ``name``, what lies beside it, and presets of block weights.
+
+    None is a name that is not known yet: then with any file that LoRAs are made of. Never raises.
+    """
+    try:
+        own = _state_of_all() if name is None else state_of_path(path_of(name))
+    except (ValueError, OSError):
+        own = ""
+    return f"{own} {_state_of_presets()}"
+
+
+def state_of_path(path: str) -> str:
+    """Of a LoRA file, what PEFT keeps beside it, and what managers do. Raises OSError where there is no such file."""
+    beside = (_state_or_none(file) for file in (config_file(path), *files_beside(path)))
+    return " ".join((_state(path), *beside))
+
+
+def _state_or_none(path: str | Path | None) -> str:
+    try:
+        return "-" if path is None else _state(path)
+    except (ValueError, OSError):
+        return "-"
+
+
+def _state_of_presets() -> str:
+    try:
+        return hashlib.sha256(repr(block_presets()).encode(errors="replace")).hexdigest()
+    except (ValueError, OSError) as error:  # the node tells it if it needs them
+        return str(error)
+
+
+_all_files: dict[tuple[str, ...], tuple[float, str]] = {}  # folders → (until when this counts, their state)
+
+
+def _state_of_all() -> str:
+    folders = (folder_paths.get_output_directory(), *folder_paths.get_folder_paths("loras"))
+    begun = time.monotonic()
+    until, state = _all_files.get(folders, (0.0, ""))
+    if begun < until:
+        return state
+    within = {os.path.join(folder, os.path.dirname(name)) for folder in folders[1:] for name in lora_names()}
+    found = {path: _state_or_none(path) for path in _of_runs().values()}
+    for folder in filter(os.path.isdir, within):
+        with os.scandir(folder) as entries:
+            found |= {entry.path: _state_or_none(entry.path) for entry in entries if entry.name.endswith(_ENDINGS)}
+    state = hashlib.sha256(repr(sorted(found.items())).encode(errors="replace")).hexdigest()
+    ended = time.monotonic()
+    _all_files.clear()
+    _all_files[folders] = ended + min(_PART_OF_TIME * (ended - begun), _LONGEST), state
+    return state
+
+
+# -- where files are written
 
 
 def place_for(name: str) -> Path:

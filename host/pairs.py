@@ -2,6 +2,7 @@
 
 * ``Choice``: what was chosen: files, LoRAs of the graph, sides. ``route`` → ``Route``: what each MODEL gets, and why.
 * ``apply_pair``: both MODELs and the CLIP with it.
+* ``parts_of``: the one or two parts of a LoRA, and what tells their sides.
 * ``state``: changes when the files that count do.
 
 What tells the side of a file: its keys, then its metadata, its name, the name it was made under; else it is for both.
@@ -9,7 +10,7 @@ What tells the side of a file: its keys, then its metadata, its name, the name i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,8 @@ SIDES = {
     LOW: "the MODEL for low noise, the second part",
     BOTH: "both MODELs get it",
 }
-_CALLED = {HIGH: "high noise", LOW: "low noise"}
+CALLED = {HIGH: "high noise", LOW: "low noise"}
+BY_KEYS = "by its keys"
 _SHOWN = 8  # candidates in an error
 
 
@@ -77,7 +79,7 @@ class Route:
         """Raises ValueError naming the ``option`` where something else is there already."""
         if side in self.parts:
             raise ValueError(
-                f"{option}: {lora.name} is for {_CALLED[side]} ({why}), and so is {self.parts[side].name} "
+                f"{option}: {lora.name} is for {CALLED[side]} ({why}), and so is {self.parts[side].name} "
                 f"({self.parts[side].why}); choose one of them, or the right one in side"
             )
         self.parts[side] = Part(lora, why)
@@ -101,7 +103,7 @@ def route(choice: Choice) -> Route:
         _of_files(found, choice)
     for side in OTHER:
         if side not in found.parts:
-            found.notes.append(f"the {_CALLED[side]} MODEL stays as it is")
+            found.notes.append(f"the {CALLED[side]} MODEL stays as it is")
     return found
 
 
@@ -111,22 +113,24 @@ def _of_socket(found: Route, side: str, lora: Any) -> None:
     loaded = lora_cache.of(model, name)
     parts = halves(model, model.metadata)
     if parts and side not in parts:
-        raise ValueError(f"lora_{side}: its keys are for {_CALLED[OTHER[side]]}; connect it to lora_{OTHER[side]}")
+        raise ValueError(f"lora_{side}: its keys are for {CALLED[OTHER[side]]}; connect it to lora_{OTHER[side]}")
     if parts:
         loaded = _half(loaded, parts[side])
         if OTHER[side] in parts:
-            found.notes.append(f"lora_{side}: of its two halves only the one for {_CALLED[side]} is used")
+            found.notes.append(f"lora_{side}: of its two halves only the one for {CALLED[side]} is used")
     else:
         said = side_by_metadata(model.metadata)
         if said.side == OTHER[side]:
-            found.notes.append(f"lora_{side}: it seems made for {_CALLED[said.side]} ({said.evidence})")
+            found.notes.append(f"lora_{side}: it seems made for {CALLED[said.side]} ({said.evidence})")
     found.facts.append(loaded.facts())
     found.put(side, loaded, "by its socket", f"lora_{side}")
 
 
 def _of_files(found: Route, choice: Choice) -> None:
     names = loras.sources()
-    ours = _opened(found, lora_cache.get(choice.lora_name), names)
+    loaded = lora_cache.get(choice.lora_name)
+    found.facts.append(loaded.facts())
+    ours = parts_of(loaded, names, found.notes)
     if choice.side != AUTOMATIC:
         ours = _as_chosen(ours, choice)
     if len(ours) == 2:
@@ -149,24 +153,23 @@ def _of_files(found: Route, choice: Choice) -> None:
                 found.put(side, lora, said.evidence or "nothing tells which one it is for", "lora_name")
 
 
-def _opened(found: Route, lora: Loaded, names: list[str]) -> list[tuple[Loaded, Said]]:
-    """The one or two parts of a file, and what tells their sides."""
-    found.facts.append(lora.facts())
+def parts_of(lora: Loaded, names: Sequence[str], notes: list[str]) -> list[tuple[Loaded, Said]]:
+    """The one or two parts of a file, and what tells their sides; adds to ``notes`` what contradicts it."""
     parts = halves(lora.tensors, lora.metadata)
     if not parts:
-        return [(lora, _side_of(found, lora, names))]
-    return [(_half(lora, part), Said(side, "by its keys")) for side, part in parts.items()]
+        return [(lora, _side_of(notes, lora, names))]
+    return [(_half(lora, part), Said(side, BY_KEYS)) for side, part in parts.items()]
 
 
 def _as_chosen(ours: list[tuple[Loaded, Said]], choice: Choice) -> list[tuple[Loaded, Said]]:
     """What ``side`` leaves of a file."""
-    by_keys = len(ours) == 2 or ours[0][1].evidence == "by its keys"
+    by_keys = len(ours) == 2 or ours[0][1].evidence == BY_KEYS
     if not by_keys:
         return [(ours[0][0], Said(choice.side if choice.side in OTHER else "", "chosen"))]
     kept = ours if choice.side == BOTH else [(lora, said) for lora, said in ours if said.side == choice.side]
     if not kept or (choice.side == BOTH and len(ours) == 1):
         raise ValueError(
-            f"side: the keys of {choice.lora_name} are for {_CALLED[ours[0][1].side]} only; choose that, or {AUTOMATIC}"
+            f"side: the keys of {choice.lora_name} are for {CALLED[ours[0][1].side]} only; choose that, or {AUTOMATIC}"
         )
     return kept
 
@@ -175,12 +178,12 @@ def _half(lora: Loaded, part: tuple[Mapping[str, Any], Mapping[str, str]]) -> Lo
     return lora_cache.of(LoraModel(*part, trained=lora.trained), lora.name)
 
 
-def _side_of(found: Route, lora: Loaded, names: list[str]) -> Said:
+def _side_of(notes: list[str], lora: Loaded, names: Sequence[str]) -> Said:
     by_metadata, by_name = side_by_metadata(lora.metadata), side_by_name(lora.name, names)
     if by_metadata.evidence:
         if by_metadata.side and by_name.side == OTHER[by_metadata.side]:
-            found.notes.append(
-                f"{lora.name}: its name says {_CALLED[by_name.side]}, but it was {by_metadata.evidence}; "
+            notes.append(
+                f"{lora.name}: its name says {CALLED[by_name.side]}, but it was {by_metadata.evidence}; "
                 "choose the right one in side"
             )
         return by_metadata
@@ -214,7 +217,8 @@ def _only(found: Route, name: str, names: list[str]) -> tuple[Loaded, Said]:
         lora = lora_cache.get(name)
     except ValueError as error:
         raise ValueError(f"partner: {str(error).removeprefix('lora_name: ')}") from error
-    parts = _opened(found, lora, names)
+    found.facts.append(lora.facts())
+    parts = parts_of(lora, names, found.notes)
     if len(parts) > 1:
         raise ValueError(f"partner: {name} holds both sides itself; choose it in lora_name, and {NONE} in partner")
     return parts[0]
@@ -235,12 +239,15 @@ def _both_sides(found: Route, ours: Said, theirs: Said) -> tuple[Said, Said]:
 
 
 def state(lora_name: Any, partner: Any) -> str:
-    """Changes with the files that count; for any values, without raising."""
+    """Changes with the files that count; for any values (None is one that is not known yet), without raising."""
     names = [lora_name] if partner in (FIND, NONE) else [lora_name, partner]
-    if partner == FIND and isinstance(lora_name, str):
-        known = loras.sources()
-        names += [other for side in OTHER for other in partners(lora_name, side, known)] if lora_name in known else []
-    return "\n".join(f"{name} {loras.source_state(name)}" for name in names)
+    try:
+        known = loras.sources() if partner == FIND else []
+    except OSError:  # a run's folder that vanishes just now
+        known = []
+    if isinstance(lora_name, str) and lora_name in known:
+        names += [other for side in OTHER for other in partners(lora_name, side, known)]
+    return "\n".join(f"{name!r:.300} {loras.state_of(name)}" for name in names)
 
 
 # -- putting it there
@@ -254,21 +261,24 @@ def apply_pair(
     lines: list[str] = []
     done = dict(models)
     new_clip, owner = clip, None
+    changes = False
     for side in filter(chosen.parts.get, OTHER):
         part = chosen.parts[side]
         try:
             done[side], with_text, applied = apply_lora(models[side], clip, part.lora, strengths[side], engine)
         except ValueError as error:
-            raise ValueError(f"{_CALLED[side]}, {part.name}: {error}") from error
+            raise ValueError(f"{CALLED[side]}, {part.name}: {error}") from error
         if applied.clip_weights or applied.words:
             if owner is None:
                 new_clip, owner = with_text, part
             elif owner.lora is not part.lora:
                 lines.append(f"the CLIP has the text encoder's part of {owner.name}; that of {part.name} is left out")
-        name = f"{_CALLED[side]}: {part.name}"
-        lines.append(report(f"{name} ({part.why})", applied, strengths[side], None, None, models[side]))
+        changes = changes or any(strength.schedules for strength in applied.strengths.values())
+        name = f"{CALLED[side]}: {part.name}"
+        lines.append(report(f"{name} ({part.why})", applied, None, None, models[side]))
         log(name, applied)
     words = list(dict.fromkeys(word for facts in chosen.facts for word in facts.words))
+    lines += next((own.course.without_effect(changes) for own in strengths.values()), [])
     lines += [*chosen.notes, *dict.fromkeys(note for facts in chosen.facts for note in facts.notes)]
     lines += [line for facts in chosen.facts if (line := facts.line())]
     return done, new_clip, words, "\n".join(dict.fromkeys(lines))

@@ -1,6 +1,6 @@
 """A prompt with LoRA tags → MODEL, CLIP, CONDITIONING.
 
-* ``apply_prompt``: finds the LoRAs that the tags name, puts them on MODEL and CLIP, and encodes the rest of the prompt:
+* ``apply_prompt``: finds the LoRAs that the tags name and that are for this MODEL of two, puts them on MODEL and CLIP, and encodes the rest of the prompt:
   once, or once for every weight that the text encoders get over the run (``scheduled_text``).
 * ``prompt_state``: changes when something that a prompt names does.
 
@@ -10,9 +10,9 @@ Names are those of files and runs, found in the way of ``kernels.strengths.looku
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +20,12 @@ from typing import Any
 import comfy.model_management
 
 from ..kernels.sidecars import Facts
+from ..kernels.sides import HIGH, LOW, OTHER, side_by_name
 from ..kernels.strengths.components import UNET, by_part
 from ..kernels.strengths.lookup import find_name
 from ..kernels.strengths.schedule import ModelClock, Schedule, fixed
 from ..kernels.strengths.tags import Tag, canonical, names_in, parse_prompt
-from . import lora_cache, loras, presets
+from . import lora_cache, loras, pairs
 from .applied import log, report
 from .apply import ENGINES, HOST, Applied, Strengths, apply_lora
 from .clocks import TRAJECTORY, Course
@@ -34,9 +35,15 @@ from .scheduled_text import Choice, Entries, Weights, at_beginning, combinations
 ALL_WORDS = -1
 SIDES = {
     "one": "the MODEL is not one of a pair: tags with high or low are left out, and the report says so",
-    "high": "the MODEL is the one for high noise of two, as Wan 2.2 has them: tags with low are left out",
-    "low": "the MODEL is the one for low noise of two: tags with high are left out",
+    "high": "the MODEL is the one for high noise of two, as Wan 2.2 has them: tags with low are left out, and files "
+    "whose keys, metadata or names say low noise, where the tag says nothing",
+    "low": "the MODEL is the one for low noise of two: what is for high noise is left out",
 }
+_NOBODY = "the LoRA holds nothing for"
+_MOST_FILES = 100  # that the names of a prompt may mean, to look at one by one
+_BORDERS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_PIECE = re.compile(r"[^\W\d_]+|\d+")
+_BRACKET = re.compile(r"\\.|[()]")
 _PLACE = re.compile(r"(?<![A-Za-z0-9_])_tags_(?![A-Za-z0-9_])")
 _EMPTY_PLACE = re.compile(_PLACE.pattern + r"[ \t]*,?[ \t]*")
 _OFF, _FULL = fixed(0.0), fixed(1.0)
@@ -79,10 +86,18 @@ class _Use:
         components = {name: fixed(_weight(one, weights)) for name, one in self.strengths.components.items()}
         return replace(self.strengths, clip=fixed(_weight(self.strengths.clip, weights)), components=components)
 
-    def on_text(self, weights: Mapping[Schedule, float], present: Sequence[str], touched: Sequence[str]) -> Weights:
-        """The strength on each encoder that the LoRA changes."""
+    @property
+    def acts(self) -> bool:
+        """Whether anything of it is at a strength other than 0 at some time."""
+        own, off = self.strengths, fixed(0.0)
+        return own.clip != off or (off not in (own.model, own.steps) and own.components.get(UNET) != off)
+
+    def on_text(
+        self, weights: Mapping[Schedule, float], present: Sequence[str], touched: Sequence[str], words: bool
+    ) -> Weights:
+        """The strength on each encoder that the LoRA changes, and whether its own ``words`` are known."""
         whole, parts = _weight(self.strengths.clip, weights), by_part(self.strengths.components, present)
-        return tuple(whole * _weight(parts[encoder], weights) for encoder in touched)
+        return (*(whole * _weight(parts[encoder], weights) for encoder in touched), float(words and whole != 0))
 
 
 def apply_prompt(
@@ -103,15 +118,22 @@ def apply_prompt(
             raise ValueError(f"{option}: there is no {str(given)[:60]!r}; choose one of {', '.join(known)}")
     present = list(encoders(clip))
     parsed = parse_prompt(prompt, dialect, present)
-    own = [tag for tag in parsed.tags if tag.side in ("", side)]
-    sources = loras.sources() if own else []
-    uses = [_use(tag, sources, present, engine, course, seed, force_reload) for tag in own]
-    left_out = [_left_out(tag, side) for tag in parsed.tags if tag.side not in ("", side)]
+    sources = loras.sources() if parsed.tags else []
+    uses: list[_Use] = []
+    notes = list(parsed.notes)
+    for tag in parsed.tags:
+        if tag.side not in ("", side):
+            notes.append(_left_out(tag, side))
+        elif use := _use(tag, sources, present, engine, course, seed, force_reload, side, notes):
+            uses.append(use)
 
     changing = tuple(dict.fromkeys(schedule for use in uses for schedule in use.changing))
     begin = at_beginning(changing, course, model.get_model_object("model_sampling")) if changing else ()
     new_model, new_clip, done = _applied(model, clip, uses, dict(zip(changing, begin, strict=True)), engine)
+    install(new_model := new_model.clone() if new_model is model else new_model)
     _check_clock(course, changing, done)
+    changes = changing or any(strength.schedules for applied in done for strength in applied.strengths.values())
+    notes += course.without_effect(bool(changes))
     text, added = _with_words(parsed.text, uses, trigger_words)
     numbers = _numbers(uses, done, changing, present)
     if len(set(numbers.values())) < 2:
@@ -119,14 +141,13 @@ def apply_prompt(
     else:
         choice = Choice(changing, numbers, course)
         entries, encoded = _encoded_often(model, clip, new_clip, text, uses, choice, begin, engine)
-        install(new_model)
     told = [_told(use, applied) for use, applied in zip(uses, done, strict=True)]
     return Prompted(
         new_model,
         new_clip,
         entries,
         text,
-        "\n".join([*parsed.notes, *left_out, *told, *added, *filter(None, [encoded])]) or "no LoRA in this prompt",
+        "\n".join([*notes, *told, *added, *filter(None, [encoded])]) or "no LoRA in this prompt",
         " ".join(map(canonical, parsed.tags)),
         ", ".join(_known_words(uses)),
     )
@@ -143,12 +164,42 @@ def _use(
     course: Course,
     seed: int,
     force_reload: bool,
-) -> _Use:
+    side: str,
+    notes: list[str],
+) -> _Use | None:
+    """None for one that is not for this MODEL of two, which ``notes`` then tell."""
     try:
         lora = lora_cache.get(find_name(tag.name, sources), force_reload)
-        return _Use(tag, lora, _strengths(tag, present, engine, course, seed), lora.facts())
+        part = _for_side(tag, lora, side, sources, notes)
+        return part and _Use(tag, part, _strengths(tag, present, engine, course, seed), lora.facts())
     except ValueError as error:
         raise ValueError(f"<lora:{tag.name[:60]}>: {error}") from error
+
+
+def _for_side(
+    tag: Tag, lora: lora_cache.Loaded, side: str, sources: Sequence[str], notes: list[str]
+) -> lora_cache.Loaded | None:
+    """What of it is for this MODEL: where the tag does not say so, as its keys, its metadata or its name do."""
+    told: list[str] = []
+    parts = pairs.parts_of(lora, sources, told)
+    shown = f"<lora:{tag.name[:60]}> is {lora.name}"
+    sides = {said.side: part for part, said in parts}
+    seems = " and ".join(f"{pairs.CALLED[said.side]} ({said.evidence})" for _, said in parts if said.side)
+    if side not in OTHER:
+        if seems:
+            notes.append(f"{shown}, made for {seems}; set side if this MODEL is one of two")
+        return lora
+    if side in sides or "" in sides:
+        notes += told
+        return sides.get(side, lora)
+    if parts[0][1].evidence == pairs.BY_KEYS and tag.side:
+        raise ValueError(f"{tag.side}: {lora.name} is for {seems} only; leave {tag.side} out")
+    if tag.side:
+        notes.append(f"{shown}, which seems made for {seems}; it is here because the tag says {tag.side}")
+        return lora
+    notes += told
+    notes.append(f"{shown}, for {seems}, and was left out: this MODEL is for {side} noise (write :{side} to have it here)")
+    return None
 
 
 def _strengths(tag: Tag, present: Sequence[str], engine: str, course: Course, seed: int) -> Strengths:
@@ -161,6 +212,8 @@ def _strengths(tag: Tag, present: Sequence[str], engine: str, course: Course, se
         if any(switched[encoder] != _OFF for encoder in present):
             parts = by_part(components, present)
             components = {encoder: parts[encoder] if switched[encoder] == _OFF else _OFF for encoder in present}
+    if all(strength == _OFF for part, strength in by_part(components, present).items() if part != UNET):
+        clip = _OFF
     clip = stepwise(clip, "te")
     components = {name: stepwise(schedule, name) for name, schedule in components.items()}
     if engine == HOST:  # which knows nothing that the rest could count for
@@ -207,6 +260,7 @@ def _with_words(text: str, uses: Sequence[_Use], count: int) -> tuple[str, list[
         return text, []
     count = count or ALL_WORDS  # whoever writes the placeholder wants them
     words = _known_words(uses, None if count < 0 else count)
+    words = [_safe(word) for word in words]
     words = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)]
     joined = ", ".join(words)
     if not words:
@@ -219,7 +273,19 @@ def _with_words(text: str, uses: Sequence[_Use], count: int) -> tuple[str, list[
 
 
 def _known_words(uses: Sequence[_Use], count: int | None = None) -> list[str]:
-    return list(dict.fromkeys(word for use in uses for word in use.facts.words[:count]))
+    return list(dict.fromkeys(word for use in uses if use.acts for word in use.facts.words[:count]))
+
+
+def _safe(word: str) -> str:
+    """A word from a file as part of a prompt: brackets that do not close must not hold what stands around it."""
+    depth = deepest = 0
+    for mark in _BRACKET.findall(word):
+        depth += {"(": 1, ")": -1}.get(mark, 0)
+        deepest = min(deepest, depth)
+    if depth or deepest:
+        word = _BRACKET.sub(lambda mark: mark[0] if len(mark[0]) > 1 else "\\" + mark[0], word)
+    loose = len(word) - len(word.rstrip("\\"))
+    return word[:-1] if loose % 2 else word  # else it would escape what follows
 
 
 def _numbers(
@@ -234,7 +300,10 @@ def _numbers(
     numbers = {}
     for values in combinations(changing, "te"):
         weights = dict(zip(changing, values, strict=True))
-        effect = tuple(use.on_text(weights, present, own) for use, own in zip(uses, touched, strict=True))
+        effect = tuple(
+            use.on_text(weights, present, own, bool(applied.file and applied.file.embeddings))
+            for use, own, applied in zip(uses, touched, done, strict=True)
+        )
         numbers[values] = effects.setdefault(effect, len(effects))
     return numbers
 
@@ -277,14 +346,31 @@ def _encode(clip: Any, text: str) -> Entries:
 
 def _told(use: _Use, applied: Applied) -> str:
     log(use.lora.name, applied)
-    text = report(f"{use.shown} is {use.lora.name}", applied, use.strengths, use.facts, None, None)
-    if use.changing and not _on_clip(applied):
-        text += "\nthe weights on text encoders have no effect, this LoRA holds nothing for those of this CLIP"
-    return text
+    text = report(f"{use.shown} is {use.lora.name}", applied, use.facts, None, None)
+    return "\n".join([text, *_idle(use, applied)])
 
 
-def _on_clip(applied: Applied) -> tuple[str, ...]:
-    return applied.clip_fused + applied.clip_branched
+def _idle(use: _Use, applied: Applied) -> list[str]:
+    """What the tag asks for in vain, in sentences."""
+    tag, notes = use.tag, []
+    if not _on_clip(applied) and not applied.words:
+        asked = [tag.clip, *(strength for name, strength in tag.components.items() if name != UNET)]
+        if tag.module not in ("", UNET):
+            notes.append(f"module: {tag.module} leaves nothing of it, {_NOBODY} the text encoders of this CLIP")
+        elif any(strength not in (_OFF, _FULL, tag.model) for strength in asked):
+            notes.append(f"the weights on text encoders have no effect, {_NOBODY} those of this CLIP")
+    if not (applied.strengths or applied.model_weights):
+        asked_of = {"unet": tag.model not in (_OFF, _FULL, tag.clip), "blocks": tag.blocks, "steps": tag.steps != _FULL}
+        if tag.module == UNET:
+            notes.append(f"module: {UNET} leaves nothing of it, {_NOBODY} the MODEL")
+        elif idle := [name for name, asked in asked_of.items() if asked]:
+            notes.append(f"{' and '.join(idle)}: no effect, {_NOBODY} the MODEL")
+    return notes
+
+
+def _on_clip(applied: Applied) -> dict[str, None]:
+    """The weights of the CLIP that the LoRA is for, at whatever strength."""
+    return dict.fromkeys((*applied.clip_fused, *applied.clip_branched, *applied.clip_strengths))
 
 
 def _left_out(tag: Tag, side: str) -> str:
@@ -296,35 +382,43 @@ def _left_out(tag: Tag, side: str) -> str:
 # -- has anything changed?
 
 
-def prompt_state(prompt: Any) -> str:
-    """Changes with the LoRAs that a prompt names, what lies beside them, and presets of block weights. Never raises."""
-    if not isinstance(prompt, str):
-        return ""
-    names = names_in(prompt)
+def prompt_state(prompt: Any, side: Any = "one") -> str:
+    """Changes with the LoRAs that a prompt names, what lies beside them, and presets of block weights; None is a prompt
+    that is not known yet. Never raises, and takes little time however many files there are."""
+    if prompt is None:
+        return loras.state_of(None)
+    names = names_in(prompt) if isinstance(prompt, str) else []
     if not names:
         return ""
-    digest = hashlib.sha256()
     try:
         sources = loras.sources()
-    except OSError:  # a run's folder that vanishes just now
-        return ""
+    except (ValueError, OSError):  # a run's folder that vanishes just now
+        sources = []
+    meant = _may_mean(names, sources)
+    if len(meant) > _MOST_FILES:
+        meant = [None]
+    found = [(source, loras.state_of(source)) for source in meant]
+    if side in (HIGH, LOW):
+        found += [(source, side_by_name(source, sources).side) for source in meant if source]
+    return hashlib.sha256(repr((found, loras.state_of(""))).encode(errors="replace")).hexdigest()
+
+
+def _may_mean(names: Sequence[str], sources: Sequence[str]) -> list[str | None]:
+    """Those of ``sources`` that ``find_name`` may choose for one of ``names``, at a fraction of its cost."""
+    every = [(source, unicodedata.normalize("NFC", source).casefold()) for source in sources]
+    plain = {source: _plain(source) for source in sources}
+    found: dict[str | None, None] = {}
     for name in names:
-        try:
-            state = _state(find_name(name, sources))
-        except (ValueError, OSError):
-            state = "none"
-        digest.update(f"{name}\0{state}\0".encode(errors="replace"))
-    try:
-        digest.update(repr(presets.block_presets()).encode(errors="replace"))
-    except ValueError:
-        pass  # the file is damaged, which the node tells if it needs it
-    return digest.hexdigest()
+        near = every
+        for piece in sorted(_PIECE.findall(_BORDERS.sub(" ", unicodedata.normalize("NFC", _plain(name)))), key=len):
+            near = [(source, folded) for source, folded in near if piece.casefold() in folded]
+        own = _plain(name)
+        same = [source for source, _ in near if plain[source] == own]
+        if not same and "/" not in own:
+            same = [source for source, _ in near if plain[source].rpartition("/")[2] == own]
+        found |= dict.fromkeys(same or [source for source, _ in near])
+    return list(found)
 
 
-def _state(source: str) -> str:
-    """Of the file and all that is called like it, its managers' pages among them."""
-    folder, name = os.path.split(loras.path_of(source))
-    stem = name.removesuffix(loras.SUFFIX) + "."
-    with os.scandir(folder) as entries:
-        found = [(one.name, one.stat().st_mtime_ns, one.stat().st_size) for one in entries if one.name.startswith(stem)]
-    return f"{source} {sorted(found)}"
+def _plain(name: str) -> str:
+    return name.strip().replace("\\", "/").removesuffix(loras.SUFFIX)

@@ -154,11 +154,14 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """What an entry of a CONDITIONING is: one of the encodings, and the range that it was given for other MODELs."""
+    """What an entry of a CONDITIONING is: one of the encodings."""
 
     choice: Choice
     number: int
-    percents: Percents
+
+
+class _Ours(float):
+    """An end of the range that an entry was given for other MODELs; one that a node sets later is none, even if equal."""
 
 
 def conditioning(encodings: Mapping[int, Entries], choice: Choice, first: int) -> Entries:
@@ -166,8 +169,8 @@ def conditioning(encodings: Mapping[int, Entries], choice: Choice, first: int) -
     percents = choice.percents(first)
     found: Entries = []
     for number in sorted(encodings, key=lambda number: (number != first, number)):
-        begin, end = percents[number]
-        marks = {VARIANT: Variant(choice, number, percents[number]), "start_percent": begin, "end_percent": end}
+        begin, end = map(_Ours, percents[number])
+        marks = {VARIANT: Variant(choice, number), "start_percent": begin, "end_percent": end}
         found += [[text, {**extras, **marks}] for text, extras in encodings[number]]
     return found
 
@@ -229,8 +232,7 @@ def _text(entry: Entry) -> tuple[int, ...]:
 
 def _without_own_range(entry: Entry, sampling: Any) -> Entry:
     """Without the range that ``conditioning`` gave it, unless a node has set another."""
-    variant = entry.get(VARIANT)
-    if variant is None or (entry.get("start_percent"), entry.get("end_percent")) != variant.percents:
+    if not all(isinstance(entry.get(end), _Ours) for end in ("start_percent", "end_percent")):
         return entry
     entry = {key: value for key, value in entry.items() if key not in ("timestep_start", "timestep_end")}
     if "clip_start_percent" in entry:  # of hooks on the CLIP, which the host counts together with the others

@@ -1,5 +1,6 @@
 """What a LoRA file and the files that managers keep beside it say about it.
 
+* ``files_beside``: where such files may lie.
 * ``facts_about``: the words it reacts to and where they are from, a description, the base model, the strength and the
   negative prompt that its maker recommends, and notes on files that could not be used.
 
@@ -85,6 +86,15 @@ def facts_about(
     return _first(found)
 
 
+def files_beside(path: str | os.PathLike) -> list[Path]:
+    """The files that ``facts_about`` looks for, whether they are there or not."""
+    return [*(_beside(Path(path), ending) for ending in _READERS), Path(path).with_suffix(".txt")]
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.stem + ending if ending.startswith(".") else f"{path.name}.{ending}")
+
+
 def _first(found: list[Facts]) -> Facts:
     """Each thing from the first that has it."""
     words = next((facts for facts in found if facts.words), Facts())
@@ -106,7 +116,7 @@ def _by(words: Words) -> Facts:
 def _cards(path: Path, lora: _LoRA) -> Facts:
     found = []
     for ending, read in _READERS.items():
-        name = path.stem + ending if ending.startswith(".") else f"{path.name}.{ending}"
+        name = _beside(path, ending).name
         text, notes = _text_of(path.with_name(name))
         if text is None:
             found.append(Facts(notes=notes))

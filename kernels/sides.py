@@ -1,12 +1,13 @@
 """Which of two models a LoRA is for: the one for high noise or the one for low noise, as Wan 2.2 has them.
 
 * ``side_by_metadata``: by the timesteps it was trained on, or the base model's file.
-* ``side_by_name``: by a mark in its name: high_noise, HIGH, -H-, hn … and their counterparts.
+* ``side_by_name``: by a mark in its name: high_noise, HIGH, hn, -H- … and their counterparts.
 * ``partners``: the files that are called the same but for the mark.
 * ``halves``: one file with keys for both, as one set of tensors for each.
 
-"high" in small letters may mean anything (high_heels): it counts at the end of a name, before numbers and versions, or
-where there is a file with "low" in its place. Folders count where the file's own name says nothing.
+"high" alone may mean anything (HIGH_heels): it counts at the end of a name, before numbers and versions, or where there
+is a file with "low" in its place. A lone H or L counts only where there is a file with the other letter. Folders count
+where the file's own name says nothing.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ SUFFIX = ".safetensors"
 _HIGH_FROM, _LOW_TO = 0.8, 0.95
 _MAX_NAME = 500
 _WORD, _ALONE = r"(?<![A-Za-z])", r"(?<![A-Za-z0-9])"
+_BEGIN = rf"(?:{_WORD}|(?<=[a-z])(?=[HL]))"
 # how sure a mark is → what it looks like; its first letter tells the side
 _MARKS = {
-    3: re.compile(rf"(?:{_WORD}|(?<=[a-z])(?=[HL]))(?i:high|hi|low|lo)[ _.-]?(?i:noise)(?![a-z])"),
-    2: re.compile(rf"{_WORD}(?:HIGH|LOW)(?![A-Za-z])|{_ALONE}(?:[HL]|(?i:hn|ln))(?![A-Za-z0-9])"),
-    1: re.compile(
-        rf"(?:{_WORD}|(?<=[a-z])(?=[HL]))(?:[Hh]igh|[Ll]ow|HIGH|LOW)(?![a-z])|{_ALONE}(?i:[hl])(?![A-Za-z0-9])"
-    ),
+    3: re.compile(rf"{_BEGIN}(?i:high|hi|low|lo)[ _.-]?(?i:noise)(?![a-z])"),
+    2: re.compile(rf"{_BEGIN}(?i:high|low)[ _.-]?(?i:model)(?![a-z])|{_ALONE}(?i:hn|ln)(?![A-Za-z0-9])"),
+    1: re.compile(rf"{_BEGIN}(?:[Hh]igh|[Ll]ow)(?![a-z])|{_WORD}(?:HIGH|LOW)(?![A-Za-z])"),
+    0: re.compile(rf"{_ALONE}(?i:[hl])(?![A-Za-z0-9])"),
 }
+_LETTER = 0
 _SEPARATORS = re.compile(r"[\s_.()\[\]-]+")
 _BEHIND = re.compile(
     r"(?:v|e|ep|epoch|r|rank|s|steps?|fp|bf|wan)?\d{0,12}|models?|loras?|final|best|ema|t2v|i2v|a?14b", re.IGNORECASE
 )
+_GENERIC = re.compile(rf"{_BEHIND.pattern}|noise", re.IGNORECASE)
 _KEY = re.compile(
     r"(?P<before>(?:base_model\.model\.)?(?:(?:model\.)?diffusion_model\.)?)"
     r"(?:(?P<high>transformer_1|high_noise(?:_model)?)|(?P<low>transformer_2|low_noise(?:_model)?))\."
@@ -74,7 +77,9 @@ def side_by_metadata(metadata: Mapping[str, str]) -> Said:
     if metadata.get("ss_dit_high_noise_name"):
         return Said("", "trained on both models")
     base = metadata.get("ss_sd_model_name", "")[-_MAX_NAME:]
-    side = _decided(_marks_of(base), 2)
+    marks = _marks_of(base)
+    capitals = [mark for mark in marks if base[mark.begin : mark.end] in ("HIGH", "LOW")]
+    side = _decided(marks, 2) or _decided(capitals, 1)
     return Said(side, f"trained on {base[:100]}") if side else Said("", "")
 
 
@@ -84,13 +89,15 @@ def side_by_name(name: str, names: Sequence[str] = ()) -> Said:
         return Said("", "")
     for place, part in enumerate(reversed(_parts(name))):
         marks = _marks_of(part)
-        sides = sorted({mark.side for mark in marks})
-        side = _decided(marks, 2)
-        if not side and len(sides) == 1 and any(_at_the_end(mark, part) for mark in marks):
+        words = [mark for mark in marks if mark.sureness != _LETTER]
+        sides = sorted({mark.side for mark in words})
+        side = _decided(words, 2)
+        if not side and len(sides) == 1 and any(_at_the_end(mark, part) for mark in words):
             side = sides[0]
         if side:
             return Said(side, "by its folder" if place else "by its name")
-        paired = [side for side in sides if not place and partners(name, side, names)]
+        paired = [side for side in OTHER if not place and any(mark.side == side for mark in marks)]
+        paired = [side for side in paired if partners(name, side, names)]
         if len(paired) == 1:
             return Said(paired[0], "by its name and its partner's")
     return Said("", "")
@@ -107,25 +114,27 @@ def side_by_title(metadata: Mapping[str, str]) -> Said:
 
 def partners(name: str, side: str, names: Sequence[str]) -> list[str]:
     """The files of the other side that are called like ``name``: exactly so but for the mark, or else with other
-    letters and separators; in the same folder, or else in another. Several are equally good."""
+    letters and separators; in the same folder, or else in another one, if the name tells more than that it is a LoRA
+    of some side. Several are equally good."""
     path = _plain(name)
     marks = [mark for mark in _marks_of(path) if mark.side == side]
     others = {other: _plain(other) for other in names if other != name and len(other) <= _MAX_NAME}
     for mark in sorted(marks, key=lambda mark: -mark.sureness):
-        turned = path[: mark.begin] + _turned(path[mark.begin : mark.end]) + path[mark.end :]
+        turned = _turned(path, [mark])
         if exact := [other for other, text in others.items() if text == turned]:
             return exact
+        if mark.begin < path.rfind("/"):
+            continue  # another folder's name would be another mark
         wanted = _around(path, mark)
-        alike = {
-            other: [_around(text, its) for its in _marks_of(text) if its.side == OTHER[side]]
-            for other, text in others.items()
-        }
-        for view in (str, _folded, _stem, lambda text: _folded(_stem(text))):
-            if "\0" not in view(wanted):
-                break  # the mark is in the folder: another one would be another mark
+        begin, end = map(_folded, _stem(wanted).split("\0"))
+        near = {other: text for other, text in others.items() if _framed(_folded(_stem(text)), begin, end)}
+        alike = {other: [_around(text, its) for its in _counterparts(text, mark)] for other, text in near.items()}
+        elsewhere = (_stem, lambda text: _folded(_stem(text))) if _tells(_stem(wanted)) else ()
+        for view in (str, _folded, *elsewhere):
             if found := [other for other, texts in alike.items() if view(wanted) in map(view, texts)]:
                 return found
-    return []
+    turned = _turned(path, [mark for mark in marks if mark.sureness != _LETTER])  # folder and file bear a mark
+    return [other for other, text in others.items() if text == turned != path]
 
 
 def halves(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, tuple[dict[str, Tensor], dict]]:
@@ -164,17 +173,32 @@ def _configured(metadata: Mapping[str, str], side: str, second: bool) -> dict[st
 
 
 def _marks_of(text: str) -> list[_Mark]:
-    """All marks in a text, each at its highest sureness."""
-    capitals = not any(letter.islower() for letter in text.rpartition("/")[2].removesuffix(SUFFIX))
+    """All marks in a text, each at its highest sureness; lone letters not of folders."""
     found: list[_Mark] = []
     for sureness, pattern in _MARKS.items():
         for match in pattern.finditer(text):
-            if any(mark.begin <= match.start() < mark.end for mark in found):
-                continue
-            # among capitals only, capitals tell nothing
-            sure = 1 if sureness == 2 and capitals else sureness
-            found.append(_Mark(HIGH if match[0][0] in "Hh" else LOW, sure, match.start(), match.end()))
+            taken = any(mark.begin <= match.start() < mark.end for mark in found)
+            if not taken and (sureness != _LETTER or match.start() > text.rfind("/")):
+                found.append(_Mark(HIGH if match[0][0] in "Hh" else LOW, sureness, match.start(), match.end()))
     return found
+
+
+def _counterparts(text: str, mark: _Mark) -> list[_Mark]:
+    """The marks of the other side that may stand for ``mark``: a letter for a letter, a word for a word."""
+    return [
+        its
+        for its in _marks_of(text)
+        if its.side == OTHER[mark.side] and (its.sureness == _LETTER) == (mark.sureness == _LETTER)
+    ]
+
+
+def _tells(rest: str) -> bool:
+    """Whether a name without its mark says what the LoRA is of."""
+    return not all(_GENERIC.fullmatch(word) for word in _SEPARATORS.split(rest.replace("\0", " ")))
+
+
+def _framed(text: str, begin: str, end: str) -> bool:
+    return text.startswith(begin) and text.endswith(end)
 
 
 def _decided(marks: Sequence[_Mark], least: int) -> str:
@@ -188,8 +212,14 @@ def _at_the_end(mark: _Mark, text: str) -> bool:
     return all(_BEHIND.fullmatch(word) for word in _SEPARATORS.split(text[mark.end :]))
 
 
-def _turned(mark: str) -> str:
-    """The mark of the other side, written the same way."""
+def _turned(text: str, marks: Sequence[_Mark]) -> str:
+    """With the marks of the other side, written the same way."""
+    for mark in sorted(marks, key=lambda mark: -mark.begin):
+        text = text[: mark.begin] + _other(text[mark.begin : mark.end]) + text[mark.end :]
+    return text
+
+
+def _other(mark: str) -> str:
     long = {"high": "low", "hi": "lo", "h": "l", "low": "high", "lo": "hi", "l": "h"}
     word = next(word for word in ("high", "low", "hi", "lo", "h", "l") if mark.lower().startswith(word))
     new = long[word]

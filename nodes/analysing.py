@@ -127,11 +127,9 @@ class LoomBlockAnalyser(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: Any = None, **_: Any) -> str | float:
+    def fingerprint_inputs(cls, lora_name: Any = None, **_: Any) -> str:
         """Changes with the file; runs before execute and on unchecked strings, so it never raises."""
-        if lora_name is None:  # linked: its value is not known yet
-            return float("nan")
-        return loras.source_state(lora_name)
+        return loras.state_of(lora_name)
 
     @classmethod
     def execute(

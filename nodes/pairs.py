@@ -95,10 +95,8 @@ class LoomLoRAPair(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: Any = None, partner: Any = None, **_: Any) -> str | float:
+    def fingerprint_inputs(cls, lora_name: Any = None, partner: Any = None, **_: Any) -> str:
         """Changes with the files; runs before execute and on unchecked strings, so it never raises."""
-        if lora_name is None or partner is None:  # linked: its value is not known yet
-            return float("nan")
         return pairs.state(lora_name, partner)
 
     @classmethod

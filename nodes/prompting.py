@@ -16,8 +16,10 @@ from .sockets import CATEGORY, explained
 
 _DIALECTS = {
     "sdnext": "two numbers are MODEL and text encoders; steps count from 1; weights are held until the next place",
-    "a1111": "two numbers are text encoders and MODEL; a part without a name is block weights (lbw)",
-    "loractl": "two numbers are text encoders and MODEL; weights over the run are blended in straight lines",
+    "a1111": "two numbers are text encoders and MODEL; te= alone is for both; a part without a name is block "
+    "weights (lbw)",
+    "loractl": "two numbers are text encoders and MODEL; te= alone is for both; weights over the run are blended in "
+    "straight lines",
     "prompt-control": "two numbers are MODEL and text encoders; places count from 0 and weights are held",
 }
 
@@ -95,11 +97,9 @@ class LoomPromptLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, prompt: Any = None, force_reload: Any = False, **_: Any) -> str | float:
+    def fingerprint_inputs(cls, prompt: Any = None, side: Any = None, force_reload: Any = False, **_: Any) -> str | float:
         """Changes with the files; runs before execute and on unchecked strings, so it never raises."""
-        if prompt is None or force_reload:  # linked values are not known yet
-            return float("nan")
-        return prompt_state(prompt)
+        return float("nan") if force_reload else prompt_state(prompt, side)
 
     @classmethod
     def execute(

@@ -13,6 +13,7 @@ The text is a vector (``vectors``), the name of a preset (``presets``), or rules
     *.attn2.*=0          a pattern for whole paths, without "diffusion_model."
     NOT mid=0            all but these, also behind a slash: in/NOT attn=0
     out=0.1@1,0.6@6      strengths may change over the run
+    te=0.5               the text encoders, as a vector's BASE has them; this one cannot change over the run
 
 The last rule that names a layer gives its strength, kinds and parts of paths included. A layer that none names has 1.
 Rules may follow a vector or a preset and then change what that gives.
@@ -31,7 +32,7 @@ from functools import partial
 from torch import nn
 
 from ..block_names import BASE, ROLES, described, resolve
-from .components import items_of
+from .components import TE, items_of
 from .layout import ALIASES, KINDS, Layout
 from .presets import PRESETS, find
 from .schedule import Schedule, fixed, parse
@@ -132,13 +133,28 @@ def _with_rules(given: BlockWeights, items: list[str], layout: Layout, interpola
         if not equals or not selector:
             raise ValueError(f"{name}: {item[:60]!r} is no rule; write names=weight, such as in=0.5")
         strength = parse(value, f"{name}: {selector[:60]}", interpolation)
-        named = _named(selector, layout, name)
+        named = frozenset({TE}) if selector.lower() == TE else _named(selector, layout, name)
         weights |= dict.fromkeys(named, strength)
         by |= dict.fromkeys(named, number)
     acting = set(by.values())
     idle = [item[:60] for number, item in enumerate(items) if number not in acting]
     notes = [f"{name}: {item} has no effect, later rules name all of it; put it behind them" for item in idle]
-    return BlockWeights(weights, given.components, (*given.notes, *notes))
+    components = given.components
+    if TE in weights:
+        components, said = _on_text(weights.pop(TE), name)
+        notes += said
+    return BlockWeights(weights, components, (*given.notes, *notes))
+
+
+def _on_text(strength: Schedule, name: str) -> tuple[dict[str, float], list[str]]:
+    """What a rule for the text encoders gives them, and a note."""
+    weight = strength.constant
+    if weight is None:
+        raise ValueError(
+            f"{name}: te changes over the run, which it cannot do among blocks; write te={str(strength)[:60]} in "
+            "components, or behind a colon of a prompt's tag"
+        )
+    return ({}, []) if weight == 1 else ({TE: weight}, [f"{name}: te={weight:g} is for the text encoders"])
 
 
 def _named(selector: str, layout: Layout, name: str) -> frozenset[str]:

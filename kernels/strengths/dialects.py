@@ -6,7 +6,7 @@
 * ``ELEMENTALS``: the named sets of elements that people carry.
 
 What only one of them knows is understood in all. Only these depend on the dialect: which number comes first, whether
-block weights may stand there without a name, and how places in a run are counted.
+te= is for the MODEL too, whether block weights may stand there without a name, and how places in a run are counted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from .schedule import Point, Schedule, fixed, parse, simplest, weight_of
 
 SDNEXT, A1111, LORACTL, PROMPT_CONTROL = DIALECTS = ("sdnext", "a1111", "loractl", "prompt-control")
+TE_FIRST = (A1111, LORACTL)  # the first number is te, and unet is what te has come to unless it is given
 ENCODERS = ("clip_l", "clip_g", "t5xxl")  # names of text encoders that are known without a CLIP
 SIDES = ("high", "low")
 ELEMENTALS = {
@@ -33,13 +34,15 @@ class TagError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One part of a tag: ``names`` are what may stand before its "=", the first of them is ours."""
+    """One part of a tag: ``names`` are what may stand before its "=", the first of them is ours; ``model`` is the one
+    that the example is for, if SD1.5 will not do."""
 
     part: str
     meaning: str
     example: str
     names: tuple[str, ...] = ()
     dialects: tuple[str, ...] = DIALECTS
+    model: str = ""
 
 
 TABLE = (
@@ -52,7 +55,8 @@ TABLE = (
     Row("first number", "strength of everything", "<lora:cat:0.7>"),
     Row(
         "second number",
-        "strength of the part on the text encoders; the first is then that of the part on the MODEL",
+        "strength of the part on the text encoders; the first is then that of the part on the MODEL. SD.Next itself "
+        "ignores a second number",
         "<lora:cat:0.7:0.4>",
         dialects=(SDNEXT, PROMPT_CONTROL),
     ),
@@ -60,9 +64,9 @@ TABLE = (
         "second number",
         "strength of the part on the MODEL; the first is then that of the part on the text encoders",
         "<lora:cat:0.4:0.7>",
-        dialects=(A1111, LORACTL),
+        dialects=TE_FIRST,
     ),
-    Row("what is no number", "block weights, as behind `lbw=`", "<lora:cat:1:1:IN02>", dialects=(A1111,)),
+    Row("what is no number", "block weights, as behind `lbw=`", "<lora:cat:1:1:OUTALL>", dialects=(A1111,)),
     Row(
         "`unet=`",
         "strength of the part on the MODEL, instead of the number's",
@@ -70,16 +74,26 @@ TABLE = (
         ("unet", "model", "transformer", "dit"),
     ),
     Row(
-        "`te=`",
-        "strength of the part on the text encoders, instead of the number's",
+        "`te=`, `clip=`",
+        "strength of the part on the text encoders, instead of the number's; alone it leaves the MODEL at the number, "
+        "as SD.Next's documentation has it. SD.Next itself gives it to the MODEL too where `unet=` is not written",
         "<lora:cat:te=0.5:unet=1.5>",
         ("te", "clip"),
+        dialects=(SDNEXT, PROMPT_CONTROL),
+    ),
+    Row(
+        "`te=`, `clip=`",
+        "strength of the part on the text encoders, instead of the first number's; and of that on the MODEL, where "
+        "neither `unet=` nor a second number says it",
+        "<lora:cat:te=0.5>",
+        dialects=TE_FIRST,
     ),
     Row(
         "`te1=` to `te9=`",
         "strength of the part on one text encoder, instead of that of all; also `text_encoder=` (the first), "
         "`text_encoder_2=` and the encoder's own name",
         "<lora:cat:te1=0.3:clip_g=0.8>",
+        model="SDXL",
     ),
     Row(
         "`w@n,w@n`",
@@ -98,7 +112,8 @@ TABLE = (
     Row(
         "`w@n,w@n`",
         "held; if the last place is 1 or less, all are parts of the run's steps, else steps counted from 0; no place "
-        "is 0",
+        "is 0. In prompt-control itself parts are ComfyUI's percents of the noise, which come at other steps under "
+        "schedulers such as karras",
         "<lora:cat:0,1@0.5>",
         dialects=(PROMPT_CONTROL,),
     ),
@@ -126,7 +141,12 @@ TABLE = (
         "<lora:cat:1:lbwe=IN05-OUT05:attn:0.3>",
         ("lbwe",),
     ),
-    Row("`x=`", "the weight of each X in a vector, 1 if it is not written", "<lora:cat:1:lbw=X,X-0.2,1:x=0.7>", ("x",)),
+    Row(
+        "`x=`",
+        "the weight of each X in a vector, 1 if it is not written",
+        "<lora:cat:1:lbw=1,X,X,X,X,X,X,X-0.2,1,1,1,1,1,1,1,1,1:x=0.7>",
+        ("x",),
+    ),
     Row("`start=`", "nothing on the MODEL before this step or place", "<lora:cat:1:start=5>", ("start",)),
     Row("`stop=`", "nothing on the MODEL from this step or place on", "<lora:cat:1:stop=50%>", ("stop",)),
     Row("`step=`", "`a-b`: the same as `start=a:stop=b`", "<lora:cat:1:step=5-10>", ("step",)),
@@ -162,7 +182,8 @@ def dialect_table() -> str:
     for row in TABLE:
         where = "all" if row.dialects == DIALECTS else ", ".join(row.dialects)
         names = "".join(f", `{name}=`" for name in row.names if f"`{name}=`" not in row.part)
-        lines.append(f"| {row.part}{names} | {row.meaning} | {where} | `{row.example}` |")
+        example = f"`{row.example}`" + (f" ({row.model})" if row.model else "")
+        lines.append(f"| {row.part}{names} | {row.meaning} | {where} | {example} |")
     return "\n".join(lines) + "\n"
 
 

@@ -105,8 +105,8 @@ def find(name: str, presets: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _even(weight: str) -> tuple[str, ...]:
-    """The same weight everywhere, BASE and with it the text encoders included where vectors have that."""
-    return (*(",".join([weight] * length) for length in (20, 26)), f"all={weight}")
+    """The same weight everywhere: as BASE of vectors is, it is for the text encoders too."""
+    return (f"all={weight}, te={weight}",)
 
 
 PRESETS: dict[str, tuple[str, ...]] = {

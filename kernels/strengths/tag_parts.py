@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from .dialects import A1111, ARGUMENTS, ELEMENTALS, LORACTL, OURS, SDNEXT, SIDES, weights
+from .dialects import A1111, ARGUMENTS, ELEMENTALS, OURS, SDNEXT, SIDES, TE_FIRST, weights
 from .schedule import MAX_SIGMA, Point, Schedule, fixed, is_number, point_of, weight_of
 
 _TE = re.compile(r"te(?P<number>[1-9])|text_encoder(?:_(?P<diffusers>[1-9]))?", re.ASCII)
@@ -96,17 +96,27 @@ def split(body: str, dialect: str, encoders: Collection[str]) -> Parts:
 
 def strengths_of(parts: Parts) -> tuple[Schedule, Schedule]:
     """Strengths on the MODEL and on the text encoders."""
-    first_is_te = parts.dialect in (A1111, LORACTL) and len(parts.numbers) == 2
-    model, clip = parts.numbers[::-1] if first_is_te else (parts.numbers * 2)[:2] or [fixed(1.0)] * 2
-    if len(parts.numbers) == 2 and (twice := [name for name in ("unet", "te") if name in parts.named]):
-        raise ValueError(f"{twice[0]}= and two numbers, one of which is for the same; leave one of them out")
-    if len(parts.numbers) == 1 and "unet" in parts.named and "te" in parts.named:
+    named: dict[str, Schedule] = {
+        name: parts.weights(parts.named[name], name) for name in ("unet", "te") if name in parts.named
+    }
+    if parts.dialect in TE_FIRST:
+        return _te_first(parts, named)
+    model, clip = (parts.numbers * 2)[:2] or [fixed(1.0)] * 2
+    if len(parts.numbers) == 2 and named:
+        raise ValueError(f"{next(iter(named))}= and two numbers, one of which is for the same; leave one of them out")
+    if len(parts.numbers) == 1 and len(named) == 2:
         parts.notes.append(f"the number {parts.numbers[0]} has no effect, unet= and te= say what counts")
-    if "unet" in parts.named:
-        model = parts.weights(parts.named["unet"], "unet")
-    if "te" in parts.named:
-        clip = parts.weights(parts.named["te"], "te")
-    return model, clip
+    return named.get("unet", model), named.get("te", clip)
+
+
+def _te_first(parts: Parts, named: dict[str, Schedule]) -> tuple[Schedule, Schedule]:
+    """The same where numbers stand for te and unet, and unet is what te has come to unless something says more."""
+    given = dict(zip(("te", "unet"), parts.numbers, strict=False))
+    for name in [name for name in given if name in named]:
+        parts.notes.append(f"the number {given[name]} has no effect, {name}= says what counts")
+    both = given | named
+    clip = both.get("te", fixed(1.0))
+    return both.get("unet", clip), clip
 
 
 def components_of(parts: Parts) -> dict[str, Schedule]:
@@ -179,8 +189,9 @@ def module_of(parts: Parts) -> tuple[str, str]:
         known = [*_MODULES, "te1", "te2", "te3", *parts.encoders, "transformer_2"]
         raise ValueError(f"module={module[:60]}: there is no such part{_nearest(module, known)}; known: {_list(known)}")
     on_model = ("unet", *_WAYS, "blocks", "lbwe", "start", "stop", "step", "steps")
+    on_text = () if parts.dialect in TE_FIRST and "unet" not in parts.named and len(parts.numbers) < 2 else ("te",)
     for name in parts.named:
-        if name in on_model if found != "unet" else name == "te" or name not in ARGUMENTS:
+        if name in on_model if found != "unet" else name in on_text or name not in ARGUMENTS:
             parts.notes.append(f"{name}= has no effect beside module={module}")
     return found, ""
 

@@ -231,6 +231,15 @@ def test_presets_fit_sd15_and_sdxl(preset):
             assert weights[label] == {half if wanted else 0}, label
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("preset, weight", [("NONE", 0), ("ALL", 1), ("ALL0.5", 0.5)])
+def test_even_presets_are_for_all_of_any_model(name, preset, weight):
+    """The text encoders included, as what lies in no block is."""
+    found = parse_blocks(preset, layout_of(name))
+    assert {found.of(path).constant for path in layout_of(name).paths} == {weight}
+    assert found.components == ({} if weight == 1 else {"te": weight})
+
+
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("FLUX")])
 def test_presets_for_flux(preset):
     found = parse_blocks(preset, full_size("flux"))

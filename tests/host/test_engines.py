@@ -1,5 +1,7 @@
 """Both engines against weights merged in float64, on models of every build; and together with everything else."""
 
+import math
+
 import comfy.model_management
 import comfy.samplers
 import pytest
@@ -9,6 +11,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 import tiny
 from applying import lora_on, relative, sampled
 from lora_loom.host.apply import BRANCH, FUSE, HOST, Strengths, apply_lora
+from lora_loom.kernels.blocks import block_map
 from lora_loom.kernels.names import NameTable
 from lora_loom.kernels.reading import LoRAFile
 from lora_loom.kernels.strengths.blocks import parse_blocks
@@ -41,14 +44,20 @@ def merged(name, adapters, factors):
     return patcher
 
 
+@pytest.mark.parametrize("kind", ["rules", "vector"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_lora_on_every_layer(name):
+def test_a_lora_on_every_layer(name, kind):
     patcher = tiny.tiny(name, inference=True)
     adapters, lora = lora_on(patcher)
     before, base = weights(patcher), sampled(patcher, name)
-    text = "all=0.5, attn=-0.3, base=1.2"
+    if kind == "rules":
+        text = "all=0.5, attn=-0.3, base=1.2"
+        expected = {0.5, -0.3, 1.2}
+    else:
+        numbers = [round(0.2 * number - 0.7, 3) for number in range(1 + len(block_map(patcher.model)))]
+        text, expected = ",".join(map(str, numbers)), set(numbers)
     factors = parse_blocks(text, patcher.model)
-    assert {factors.of(path).constant for path in adapters} == {0.5, -0.3, 1.2}
+    assert {factors.of(path).constant for path in adapters} == expected
     wanted = sampled(merged(name, adapters, lambda path: 0.8 * factors.of(path).constant), name)
     strengths = Strengths(fixed(0.8), blocks=text)
     for engine, limit in ((FUSE, 5e-6), (BRANCH, 2e-5)):
@@ -61,8 +70,11 @@ def test_a_lora_on_every_layer(name):
     assert weights(patcher) == before
 
 
-@pytest.mark.parametrize("family, options", FAMILIES, ids=str)
-@pytest.mark.parametrize("name", ["sd15", "flux"])
+EVERY = [(name, *family) for name in ("sd15", "flux") for family in FAMILIES]
+EVERY += [(name, *family) for name in MODELS[1:3] + MODELS[4:] for family in FAMILIES[1:4] + FAMILIES[10:12]]
+
+
+@pytest.mark.parametrize("name, family, options", EVERY, ids=str)
 def test_every_family(name, family, options):
     patcher = tiny.tiny(name, inference=True)
     adapters, lora = lora_on(patcher, family, options, every=3, size=0.05)
@@ -127,6 +139,41 @@ def test_a_schedule_is_two_runs_spliced(name, scheduler):
     got = sampled(model, name, sigmas=sigmas)
     apart = min(relative(sampled(one, name, sigmas=sigmas), wanted) for one in with_strength.values())
     assert relative(got, wanted) <= 2e-5 < 1e-3 < apart
+
+
+def test_block_by_component_by_step():
+    """Together they are the product of all, in every span."""
+    patcher = tiny.tiny("sd15", inference=True)
+    adapters, lora = lora_on(patcher)
+    text = "in=0.5, mid=0@1,1@4, out/attn=-1"
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "normal", 6)
+    latents = None
+    for first, last, steps, mid in ((0, 2, 0.2, 0.0), (2, 3, 0.9, 0.0), (3, 6, 0.9, 1.0)):
+        factors = parse_blocks(text.replace("0@1,1@4", str(mid)), patcher.model)
+        model = merged("sd15", adapters, lambda path, f=factors, s=steps: 0.8 * 0.5 * s * f.of(path).constant)
+        how = {} if latents is None else {"start": latents, "noise": False}
+        latents = sampled(model, "sd15", sigmas=sigmas[first : last + 1], **how)
+    strengths = Strengths(fixed(0.8), components={"unet": fixed(0.5)}, blocks=text, steps=parse("0.2@1,0.9@3", "steps"))
+    model, _, _ = apply_lora(patcher, None, lora, strengths)
+    assert relative(sampled(model, "sd15", sigmas=sigmas), latents) <= 2e-5 < 1e-3
+
+
+@pytest.mark.parametrize("how", ["linear", "cosine"])
+def test_a_blend_is_a_run_for_every_step(how):
+    """And with denoise 0.5 the run's own steps count, as the sampler takes them."""
+    patcher = tiny.tiny("sd15", inference=True)
+    _, lora = lora_on(patcher, every=2)
+    schedule = parse("0@1,1@4", "steps", how)
+    full = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "karras", 8)
+    for sigmas in (full[:5], full[4:]):
+        start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+        model, _, _ = apply_lora(patcher, None, lora, Strengths(steps=schedule))
+        got, latents = sampled(model, "sd15", sigmas=sigmas, start=start), start
+        for step in range(4):
+            weight = step / 3 if how == "linear" else (1 - math.cos(math.pi * step / 3)) / 2
+            static, _, _ = apply_lora(patcher, None, lora, Strengths.of(weight), FUSE)
+            latents = sampled(static, "sd15", sigmas=sigmas[step : step + 2], start=latents, noise=step == 0)
+        assert relative(got, latents) <= 2e-5
 
 
 def test_a_constant_schedule_is_the_static_strength():

@@ -68,9 +68,8 @@ def pair(models, choice, engine="auto", high=1.0, low=1.0, clip=None, **further)
         ("walk_HighNoise_Wan2.2_someone.safetensors", HIGH),
         ("someone_v2.0_lownoise.safetensors", LOW),
         ("someone_v2.0_hinoise.safetensors", HIGH),
-        ("XYZ-22-H-e8.safetensors", HIGH),
-        ("XYZ-22-L-e8.safetensors", LOW),
-        ("Wan22-H-e8-K3NK.safetensors", HIGH),
+        ("Wan2_2-I2V_high_model_walk.safetensors", HIGH),
+        ("LowModel walk.safetensors", LOW),
         ("video_surf_000000100_low_noise.safetensors", LOW),
         ("w22_hn_walk_v3.safetensors", HIGH),
         ("walk LN.safetensors", LOW),
@@ -85,6 +84,13 @@ def pair(models, choice, engine="auto", high=1.0, low=1.0, clip=None, **further)
         ("high_heels.safetensors", ""),
         ("low_poly_style.safetensors", ""),
         ("HIGH_HEELS.safetensors", ""),
+        ("HIGH_heels_wan.safetensors", ""),
+        ("wan_LOW_poly_style.safetensors", ""),
+        ("Low_Light_Photography.safetensors", ""),
+        ("Samuel_L_Jackson.safetensors", ""),
+        ("DeathNote_L.safetensors", ""),
+        ("XYZ-22-H-e8.safetensors", ""),
+        ("L/lcm_wan.safetensors", ""),
         ("highres.safetensors", ""),
         ("slow_flow.safetensors", ""),
         ("xl_hnd.safetensors", ""),
@@ -103,6 +109,11 @@ def test_a_word_counts_where_there_is_its_counterpart():
     assert side_by_name("low_poly_high.safetensors", ["low_poly_low.safetensors"]).side == HIGH
     assert side_by_name("wan_l_cat.safetensors", ["wan_h_cat.safetensors"]).side == LOW
     assert side_by_name("high_heels.safetensors", ["other/low_boots.safetensors"]).side == ""
+    assert side_by_name("LOW_poly.safetensors", ["HIGH_poly.safetensors"]).side == LOW
+    assert side_by_name("XYZ-22-H-e8.safetensors", ["XYZ-22-L-e8.safetensors"]).side == HIGH
+    assert side_by_name("Wan22-L-e8-K3NK.safetensors", ["other/Wan22-H-e8-K3NK.safetensors"]).side == LOW
+    assert side_by_name("DeathNote_L.safetensors", ["DeathNote_high.safetensors"]).side == ""
+    assert side_by_name("L/cat.safetensors", ["H/cat.safetensors"]).side == ""
 
 
 @pytest.mark.parametrize(
@@ -122,6 +133,17 @@ def test_a_word_counts_where_there_is_its_counterpart():
         ("high_a_high_noise.safetensors", ["low_a_high_noise.safetensors", "high_a_low_noise.safetensors"], [1]),
         ("cat_hinoise.safetensors", ["cat_lonoise.safetensors", "cat_low.safetensors"], [0]),
         ("cat.safetensors", ["cat_low.safetensors"], []),
+        # from another folder only what the name tells apart
+        ("styleA/high_noise.safetensors", ["styleB/low_noise.safetensors"], []),
+        ("styleA/high_noise.safetensors", ["styleB/low_noise.safetensors", "styleA/low_noise.safetensors"], [1]),
+        ("dog/wan2.2_HIGH_lora_v2.safetensors", ["cat/wan2.2_LOW_lora_v2.safetensors"], []),
+        ("dog/wan_high_noise_model.safetensors", ["low_noise_model.safetensors"], []),
+        ("a/wan_walk_high.safetensors", ["b/wan_walk_low.safetensors", "c/wan_low.safetensors"], [0]),
+        ("high/high_noise.safetensors", ["low/low_noise.safetensors", "x/low_noise.safetensors"], [0]),
+        ("high/cat_high.safetensors", ["low/cat_low.safetensors"], [0]),
+        ("cat_h.safetensors", ["cat_low.safetensors", "cat_l.safetensors"], [1]),
+        ("cat_high.safetensors", ["cat_l.safetensors"], []),
+        ("H/cat.safetensors", ["L/cat.safetensors"], []),
         ("cat_high.safetensors", ["cat_low" + "x" * 600 + ".safetensors"], []),
     ],
 )
@@ -154,6 +176,7 @@ def test_every_partner_is_mutual():
         ({"loom.recipe": "[" * 10_000}, ""),
         ({"ss_sd_model_name": "wan2.2_t2v_high_noise_14B_fp16.safetensors"}, HIGH),
         ({"ss_sd_model_name": "wan2.2_t2v_low_noise_14B_fp16.safetensors", "ss_dit_high_noise_name": "x"}, ""),
+        ({"ss_sd_model_name": "Wan2_2-I2V-A14B-HIGH_fp8_e4m3fn_scaled_KJ.safetensors"}, HIGH),
         ({"ss_sd_model_name": "high_quality_mix.safetensors"}, ""),
         ({}, ""),
     ],

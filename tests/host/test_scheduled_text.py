@@ -1,5 +1,7 @@
 """Weights on text encoders that change over a run: equal to runs spliced by hand, whatever nodes do to the texts."""
 
+import copy
+
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.hooks
@@ -248,6 +250,53 @@ def test_ranges_of_time_that_were_set_later(case, ranges):
     sigmas = case.sigmas("karras")
     wanted = case.spliced([(5, ranged(first)), (7, ranged(second))], sigmas)
     assert relative(case.run(ranged(case.done.conditioning), sigmas), wanted) <= EQUAL
+
+
+@pytest.mark.parametrize("ranges", [(0.5, 1.0), (0.0, 0.5), (0.0, 1.0)])
+def test_ranges_that_equal_our_own(folder, ranges):
+    """A range of the user's counts, by the host's percents, even where we have given an entry just that one."""
+    case = Case(folder, tag="<lora:cat:unet=0.8:te=0.1@0%,0.6@50%>")
+    assert [(e[1]["start_percent"], e[1]["end_percent"]) for e in case.done.conditioning] == [(0.0, 0.5), (0.5, 1.0)]
+    elsewhere = masked(encoded(case.clip, "a dog"))
+
+    def ranged(text):
+        return nodes.ConditioningSetTimestepRange().set_range(text, *ranges)[0] + elsewhere
+
+    first, second = case.texts
+    sigmas = case.sigmas("karras", 20)
+    assert percent_step(case, 0.5, sigmas) != 10
+    wanted = case.spliced([(10, ranged(first)), (10, ranged(second))], sigmas)
+    for given in (case.done.conditioning, copy.deepcopy(case.done.conditioning)):
+        assert relative(case.run(ranged(given), sigmas), wanted) <= EQUAL
+
+
+def test_a_negative_prompt_that_changes_while_the_positive_one_does_not(case):
+    """Every MODEL of the node chooses, so the sampler may have either's."""
+    positive = prompted(case.model, case.clip, "a dog <lora:cat:0.8>")
+    plain = prompted(case.model, case.clip, "a dog")
+    first, second = case.texts
+    sigmas = case.sigmas("karras")
+    for done, model in ((positive, case.constant), (plain, case.model)):
+        text = done.conditioning
+        parts = [(5, model, text, first), (7, model, text, second)]
+        wanted = spliced("sd15", parts, sigmas)
+        assert relative(run(done.model, "sd15", text, case.done.conditioning, sigmas), wanted) <= EQUAL
+        assert relative(run(model, "sd15", text, case.done.conditioning, sigmas), wanted) > 10 * EQUAL
+
+
+@pytest.mark.parametrize("node", ["ConditioningConcat", "ConditioningAverage"])
+def test_joined_with_another_text(case, node):
+    """As the help page says: with ours as conditioning_to."""
+    elsewhere, (first, second) = encoded(case.clip, "a dog"), case.texts
+
+    def joined(text):
+        if node == "ConditioningConcat":
+            return nodes.ConditioningConcat().concat(text, elsewhere)[0]
+        return nodes.ConditioningAverage().addWeighted(text, elsewhere, 0.6)[0]
+
+    sigmas = case.sigmas("karras")
+    wanted = case.spliced([(5, joined(first)), (7, joined(second))], sigmas)
+    assert relative(case.run(joined(case.done.conditioning), sigmas), wanted) <= EQUAL
 
 
 def test_control_nets(case):

@@ -11,7 +11,7 @@ LBW = """# lines of sd-webui-lora-block-weight
 NONE:0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0
 ROUT:1,1,1,1,1,1,1,1,R,R,R,R,R,R,R,R,R   # drawn
 ALL0.5:0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5
-my style 2: all=0, in/attn=0.5@1,1@6
+my style 2: all=0, input_blocks/attn=0.5@1,1@6
 my style 2: 1,0,0
 """
 
@@ -28,7 +28,7 @@ def test_files_of_others_are_read_as_they_are(tmp_path):
     presets = read_presets(path)
     assert presets["NONE"] == (",".join(["0"] * 17),)  # takes the place of our own
     assert presets["ROUT"][0].endswith("R,R,R")
-    assert presets["my style 2"] == ("all=0, in/attn=0.5@1,1@6", "1,0,0")
+    assert presets["my style 2"] == ("all=0, input_blocks/attn=0.5@1,1@6", "1,0,0")
     assert presets["OUTALL"] == PRESETS["OUTALL"]
 
 
@@ -80,7 +80,7 @@ def test_presets_are_used_and_fit_or_say_why_not():
     presets = parse_presets(LBW + "again: NONE\nbad: all=much\n", "presets.txt")
     paths = [f"double_blocks.{n}.img_attn" for n in range(3)]
     found = parse_blocks("my style 2", model, presets=presets)
-    assert [found.of(path).constant for path in paths] == [1, 0, 0]  # the second of its lines: there is no "in"
+    assert [found.of(path).constant for path in paths] == [1, 0, 0]  # the second line: there are no input_blocks
     assert [parse_blocks("all0.5", model).of(path).constant for path in paths] == [0.5] * 3
     changed = parse_blocks("my style 2\ndouble.2=0.3", model, presets=presets)
     assert [changed.of(path).constant for path in paths] == [1, 0, 0.3]
@@ -95,3 +95,24 @@ def test_presets_are_used_and_fit_or_say_why_not():
     ):
         with pytest.raises(ValueError, match=message):
             parse_blocks(name, model, presets=presets)
+
+
+def test_what_a_preset_says_of_text_encoders():
+    model = Tiny()
+    for name, weight in (("NONE", 0), ("ALL0.5", 0.5)):
+        found = parse_blocks(name, model)
+        assert found.components == {"te": weight}
+        assert found.notes == (f"blocks: te={weight:g} is for the text encoders",)
+        assert {found.of(f"double_blocks.{n}.img_attn").constant for n in range(3)} == {weight}
+        assert parse_blocks(f"{name}, te=1", model).components == {}
+        assert parse_blocks(f"{name}\nTE=0.25", model).components == {"te": 0.25}
+    assert parse_blocks("ALL", model) == parse_blocks("all=1, te=1", model)
+    assert not parse_blocks("ALL", model).components
+    assert parse_blocks("0.5,1,1,1\nte=1", model).components == {}  # after a vector, whose BASE is for them too
+    assert "te=0 has no effect" in parse_blocks("te=0, te=0.5", model).notes[0]
+    assert parse_blocks("double=0", model).components == {}
+    with pytest.raises(ValueError, match="^blocks: te changes over the run, .*; write te=0@1,1@5 in components"):
+        parse_blocks("te=0@1,1@5", model)
+    for bad in ("te/attn=0", "NOT te=0", "te double=0"):
+        with pytest.raises(ValueError, match="^blocks: there is no block 'te'"):
+            parse_blocks(bad, model)

@@ -41,7 +41,6 @@ def held(*pieces):
         ("<lyco:name:0.7>", {"model": 0.7, "clip": 0.7}),
         ("<loractl:name:0.7>", {"model": 0.7, "clip": 0.7}),
         ("<lora:name:te=0.5:unet=1.5>", {"model": 1.5, "clip": 0.5}),
-        ("<lora:name:0.8:te=0>", {"model": 0.8, "clip": 0.0}),
         ("<lora:name:clip=0:transformer=2>", {"model": 2.0, "clip": 0.0}),
         ("<lora:name:in=0:mid=1:out=0>", {"blocks": "in=0\nmid=1\nout=0"}),
         ("<lora:name:0.8:mid=1>", {"clip": 0.8, "blocks": "all=0.8\nmid=1"}),
@@ -134,6 +133,64 @@ def test_prompt_control_holds_and_begins_without_a_place():
     for dialect in ("prompt-control", "sdnext", "a1111"):
         assert steps(tag("<loractl:name:0.5@0,1@5>", dialect).model) == held((0.5, 5), (1, 15))
     assert steps(tag("<loractl:name:0@0,1@0.5>", "loractl").model)[4] == pytest.approx(4 / 9)
+
+
+def params_of(text):
+    """A tag's items as the programs cut them: those without a name, and those with one."""
+    items = text[1:-1].split(":")[1:]
+    return [item for item in items if "=" not in item], dict(item.split("=", 1) for item in items if "=" in item)
+
+
+def by_a1111(text):
+    """(unet, te) by the documented order of its arguments: te, its default 1; unet, its default what te came to."""
+    numbers, named = params_of(text)
+    te = named.get("te", numbers[1] if len(numbers) > 1 else "1")
+    return named.get("unet", numbers[2] if len(numbers) > 2 else te), te
+
+
+@pytest.mark.parametrize("dialect", ["a1111", "loractl"])
+@pytest.mark.parametrize("numbers", ["", ":0.6", ":0.6:0.8"])
+@pytest.mark.parametrize("named", ["", ":te=0.2", ":te=0", ":unet=0.3", ":te=0.2:unet=0", ":unet=0:te=0.3"])
+def test_te_is_for_the_model_too_where_the_programs_have_it_so(dialect, numbers, named):
+    text = f"<lora:c{numbers}{named}>"
+    on_model, on_text = by_a1111(text)
+    assert tag(text, dialect) == Tag("c", model=fixed(float(on_model)), clip=fixed(float(on_text)))
+    # a number that counts for nothing is told
+    notes = parse_prompt(text, dialect).notes
+    idle = ["0.6"] if numbers and "te=" in named else []
+    idle += ["0.8"] if numbers.count(":") == 2 and "unet=" in named else []
+    assert [note.partition("the number ")[2].partition(" has no effect")[0] for note in notes] == idle
+
+
+def test_te_over_the_run_is_for_the_model_too():
+    found = tag("<lora:c:te=0@0,1@0.5>", "loractl")
+    assert found.model == found.clip
+    assert np.allclose(steps(found.model), np.interp(np.arange(20) / 18, [0, 0.5], [0, 1]), atol=1e-5)
+    found = tag("<lora:c:te=0.1@1,0.6@6:te1=0.3>", "a1111")
+    assert steps(found.model) == held((0.1, 5), (0.6, 15))
+    assert found.components == {"te": found.model, "te1": fixed(0.3)}
+    found = tag("<lora:c:te=0.5:mid=1>", "a1111")
+    assert (found.clip, found.blocks) == (fixed(0.5), "all=0.5\nmid=1")
+    prompt = parse_prompt("<lora:c:te=0.5:module=unet>", "a1111")  # where it has an effect
+    assert prompt.tags == (Tag("c", fixed(0.5), fixed(0.5), module="unet"),) and not prompt.notes
+    assert parse_prompt("<lora:c:te=0.5:unet=1:module=unet>", "a1111").notes
+
+
+@pytest.mark.parametrize("dialect", ["sdnext", "prompt-control"])
+def test_te_is_for_the_text_encoders_alone_elsewhere(dialect):
+    assert tag("<lora:c:te=0.5>", dialect) == Tag("c", fixed(1), fixed(0.5))
+    assert tag("<lora:c:0.8:te=0>", dialect) == Tag("c", fixed(0.8), fixed(0))
+    assert tag("<lora:c:0.8:unet=0.2>", dialect) == Tag("c", fixed(0.2), fixed(0.8))
+    for name in ("te", "unet"):
+        with pytest.raises(TagError, match=f"{name}= and two numbers"):
+            parse_prompt(f"<lora:c:0.6:0.8:{name}=0.2>", dialect)
+
+
+def test_the_table_says_what_the_programs_do_otherwise():
+    rows = [row.meaning for row in TABLE if row.part.startswith("`te=`") or row.part == "second number"]
+    assert sum("SD.Next itself" in row for row in rows) == 2
+    (held_there,) = (row.meaning for row in TABLE if row.part == "`w@n,w@n`" and row.dialects == ("prompt-control",))
+    assert "percents" in held_there
 
 
 def test_the_second_number_is_the_text_encoders_except_where_it_came_first():
