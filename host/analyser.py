@@ -5,7 +5,8 @@
 
 The LoRA hangs beside the weights (``branching``), each block with a dial of its own; between pictures only dials are
 turned. The model is loaded once and nothing is patched or read again: a picture costs its steps and no more. All are
-sampled before the first is decoded, so that the VAE does not push the model out between them.
+sampled before the first is decoded, so that the VAE does not push the model out between them. Of what is decoded only
+the first frames are kept, and all frames of the two pictures that the others are compared with.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class Options:
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {low} to {high}")
+        if not self.denoise:
+            raise ValueError("denoise is 0: nothing would be sampled; choose more, up to 1")
         if not math.isfinite(self.strength) or not self.strength:
             raise ValueError(f"strength is {self.strength}: the LoRA would change nothing; choose another than 0")
 
@@ -170,12 +173,14 @@ def analyse(
         progress.tell(f"{number} of {pictures}: {label}\n{cost}", now=True)
         dialled.turn(on)
         latents.append(sample())
-    base, whole, *frames = _decoded(vae, latents)
+    base, whole = (_decoded(vae, samples) for samples in latents[:2])
     rows = []
-    for label, ids, own in zip(list(labels)[2:], parts.values(), frames, strict=True):
+    for label, ids, samples in zip(list(labels)[2:], parts.values(), latents[2:], strict=True):
         layers = sum(dialled.layers[block] for block in ids)
-        picture, to_whole, to_base = own[0], _difference(own, whole), _difference(own, base)
+        own = _decoded(vae, samples)
+        picture, to_whole, to_base = own[0].clone(), _difference(own, whole), _difference(own, base)
         rows.append(_Row(label, ids, layers, _share(shares, ids), picture, to_whole, to_base))
+        del own
     told = _Numbers(options.mode)
     if options.order == BY_DIFFERENCE:
         rows.sort(key=lambda row: -told.of(row))
@@ -309,18 +314,17 @@ def _sampler(
     return sample, notes
 
 
-def _decoded(vae: Any, latents: Sequence[Tensor]) -> list[Tensor]:
-    """(frames, height, width, 3) of each, on the CPU."""
-    found = []
-    for samples in latents:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        pixels = vae.decode(samples)
-        found.append(pixels.reshape(-1, *pixels.shape[-3:])[..., :3].float().clamp(0, 1).cpu())
-    return found
+def _decoded(vae: Any, samples: Tensor) -> Tensor:
+    """(frames, height, width, 3), on the CPU."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    pixels = vae.decode(samples)
+    return pixels.reshape(-1, *pixels.shape[-3:])[..., :3].cpu().float().clamp_(0, 1)
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    return (one - other).abs().mean().item()
+    """Frame by frame, which takes little memory."""
+    apart = [(own - its).abs_().mean().item() for own, its in zip(one, other, strict=True)]
+    return sum(apart) / len(apart)
 
 
 # -- what is shown

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.lora
@@ -99,6 +99,9 @@ class Applied:
     strengths: Mapping[str, Strength] = field(default_factory=dict)
     clip_strengths: Mapping[str, float] = field(default_factory=dict)
     file: LoRAFile | None = None
+
+    def noting(self, notes: Sequence[str]) -> Applied:
+        return replace(self, notes=(*self.notes, *notes))
 
     @property
     def model_weights(self) -> int:
@@ -429,7 +432,13 @@ def _by_host(
         unplaced += unfit
         on_clip = set(new_clip.add_patches(patches, strengths.clip.constant))
     keys = [tuple(key if isinstance(key, str) else key[0] for key in found) for found in (on_model, on_clip)]
-    applied = Applied(keys[0], (), keys[1], (), tuple(unplaced), words, why={HOST: "chosen"}, file=file)
+    applied = Applied(
+        *(keys[0], (), keys[1], (), tuple(unplaced), words),
+        why={HOST: "chosen"},
+        strengths=dict.fromkeys(keys[0], Strength(strengths.model.constant)),
+        clip_strengths=dict.fromkeys(keys[1], strengths.clip.constant),
+        file=file,
+    )
     return new_model, new_clip, applied
 
 

@@ -164,7 +164,8 @@ def _state_of_all() -> str:
     until, state = _all_files.get(folders, (0.0, ""))
     if begun < until:
         return state
-    within = {os.path.join(folder, os.path.dirname(name)) for folder in folders[1:] for name in lora_names()}
+    parts = {os.path.dirname(name) for name in lora_names()}
+    within = [os.path.join(folder, part) for folder in folders[1:] for part in parts]
     found = {path: _state_or_none(path) for path in _of_runs().values()}
     for folder in filter(os.path.isdir, within):
         with os.scandir(folder) as entries:

@@ -406,17 +406,22 @@ def prompt_state(prompt: Any, side: Any = "one") -> str:
 def _may_mean(names: Sequence[str], sources: Sequence[str]) -> list[str | None]:
     """Those of ``sources`` that ``find_name`` may choose for one of ``names``, at a fraction of its cost."""
     every = [(source, unicodedata.normalize("NFC", source).casefold()) for source in sources]
-    plain = {source: _plain(source) for source in sources}
+    by_path: dict[str, list[str]] = {}
+    by_stem: dict[str, list[str]] = {}
+    for source in sources:
+        path = _plain(source)
+        by_path.setdefault(path, []).append(source)
+        by_stem.setdefault(path.rpartition("/")[2], []).append(source)
     found: dict[str | None, None] = {}
-    for name in names:
+    for own in map(_plain, names):
+        if same := by_path.get(own) or by_stem.get(own):
+            found |= dict.fromkeys(same)
+            continue
+        pieces = _PIECE.findall(_BORDERS.sub(" ", unicodedata.normalize("NFC", own)))
         near = every
-        for piece in sorted(_PIECE.findall(_BORDERS.sub(" ", unicodedata.normalize("NFC", _plain(name)))), key=len):
-            near = [(source, folded) for source, folded in near if piece.casefold() in folded]
-        own = _plain(name)
-        same = [source for source, _ in near if plain[source] == own]
-        if not same and "/" not in own:
-            same = [source for source, _ in near if plain[source].rpartition("/")[2] == own]
-        found |= dict.fromkeys(same or [source for source, _ in near])
+        for piece in sorted(map(str.casefold, pieces), key=len, reverse=True):
+            near = [pair for pair in near if piece in pair[1]]
+        found |= dict.fromkeys(source for source, _ in near)
     return list(found)
 
 

@@ -81,7 +81,7 @@ class LoomBlockAnalyser(io.ComfyNode):
                 io.Float.Input(
                     "denoise",
                     default=defaults.denoise,
-                    min=0.0,
+                    min=0.01,
                     max=1.0,
                     step=0.01,
                     tooltip="Below 1 the pictures begin with what latent_image shows.",

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..host import applied, lora_cache, loras
-from ..host.apply import AUTO, ENGINES, Strengths, apply_lora
+from ..host.apply import AUTO, ENGINES, Applied, Strengths, apply_lora
 from ..host.clocks import CLOCKS, RUN, Course
 from ..kernels.strengths.components import parse_components
 from ..kernels.strengths.schedule import INTERPOLATIONS, fixed, parse
@@ -170,10 +170,9 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: Any = None, force_reload: Any = False, **_: Any) -> str | float:
-        """Changes with the file; runs before execute and on unchecked strings, so it never raises."""
-        if lora_name is None or force_reload:  # linked: its value is not known yet
-            return float("nan")
-        return loras.source_state(lora_name)
+        """Changes with the file, what lies beside it and presets; runs before execute and on unchecked strings, so it
+        never raises."""
+        return float("nan") if force_reload else loras.state_of(lora_name)
 
     @classmethod
     def execute(
@@ -207,9 +206,26 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         )
         loaded = lora_cache.of(lora) if lora is not None else lora_cache.get(lora_name, force_reload)
         new_model, new_clip, found = apply_lora(model, clip, loaded, strengths, engine)
+        found = found.noting(_in_vain(strengths, found, clip, interpolation, clock))
         applied.log(loaded.name, found)
         facts = loaded.facts()
         shares = applied.shares(model, found) if picture and found.adapters else None
         text = applied.report(loaded.name, found, facts, shares, model)
         shown = preview(applied.picture(loaded.name, shares, strengths, found)) if shares is not None else None
         return io.NodeOutput(new_model, new_clip, ", ".join(facts.words), text, ui=shown)
+
+
+def _in_vain(strengths: Strengths, found: Applied, clip: Any, interpolation: str, clock: str) -> list[str]:
+    """What was set and changes nothing, in sentences."""
+    changing = any(strength.schedules for strength in found.strengths.values())
+    asked = any(part.constant is None for part in (strengths.steps, *strengths.components.values()))
+    notes = []
+    if not changing and interpolation != INTERPOLATIONS[0] and not asked:
+        notes.append("interpolation: no effect, nothing changes over the run")
+    if not changing and clock != RUN:
+        notes.append("clock and sigmas: no effect, nothing changes over the run")
+    if clip is None and strengths.clip.constant != 1:
+        notes.append("strength_clip: no effect without a CLIP; connect it, or leave it at 1")
+    if asked and not found.strengths:
+        notes.append("steps: no effect, this LoRA has no part on the MODEL")
+    return notes

@@ -1,5 +1,6 @@
 """Pictures with a block of a LoRA left out, or alone, are those that the loader gives with such blocks, at one load."""
 
+import gc
 import math
 import re
 from collections import Counter
@@ -335,6 +336,7 @@ def test_blocks_and_notes(vaes):
         (dict(max_pictures=10_000), "max_pictures is 10000"),
         (dict(steps=0), "steps is 0"),
         (dict(denoise=-1.0), "denoise is -1.0"),
+        (dict(denoise=0.0), "denoise is 0: nothing would be sampled"),
         (dict(cfg=math.nan), "cfg is nan"),
     ):
         with pytest.raises(ValueError, match=re.escape(what)):
@@ -366,6 +368,28 @@ def test_videos_show_their_first_frame(vaes):
     latent = {"samples": torch.zeros(1, 16, 2, 8, 8)}
     found = analysed(model, "wan", Frames(), tensors, latent)
     assert found.pictures.ndim == 4 and "the first of 2 frames is shown" in found.table
+
+
+def test_of_videos_little_is_kept(vaes):
+    """Two whole ones, to compare with, and the one that is decoded just now; first frames of the others."""
+    model, name, frames = tiny.tiny("sd15"), "sd15", 40
+    _, tensors = lora_on(model, every=4)
+    held, given = [], []
+
+    class Frames:
+        def decode(self, samples):
+            pixels = vaes[name].decode(samples)[:, None].repeat(1, frames, 1, 1, 1)
+            pixels += torch.linspace(0, 0.2, frames)[None, :, None, None, None]
+            storages = [o.untyped_storage() for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+            held.append(len({s.data_ptr() for s in storages if s.nbytes() >= pixels.untyped_storage().nbytes()}))
+            given.append(pixels.double().clamp(0, 1).numpy())
+            return pixels
+
+    found = analysed(model, name, Frames(), tensors)
+    assert len(found.pictures) == len(given) > 6 and max(held) - held[0] <= 3
+    base, whole, *others = given
+    for row, own in zip(list(rows(found.table).values())[2:], others, strict=True):
+        assert row[:2] == pytest.approx([np.abs(own - whole).mean(), np.abs(own - base).mean()], abs=1.1e-5)
 
 
 # ---------------------------------------------------------------- the node

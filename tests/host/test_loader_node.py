@@ -6,6 +6,7 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from applying import lora_on, relative, sampled
@@ -24,10 +25,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(model, name=FROM_SOCKET, strength=1.0, clip=None, **options):
+def load(model, name=FROM_SOCKET, strength=1.0, clip=None, strength_clip=1.0, **options):
     """(MODEL, CLIP, words, report, the node's whole output)"""
     with torch.inference_mode():
-        result = LoomLoRALoaderAdvanced.execute(model, name, strength, 1.0, clip, **options)
+        result = LoomLoRALoaderAdvanced.execute(model, name, strength, strength_clip, clip, **options)
     return (*result.args, result)
 
 
@@ -73,6 +74,52 @@ def test_blocks_components_and_steps(folder):
         load(patcher, "cat.safetensors", blocks="atn1=0")
 
 
+def test_options_without_effect_are_told(folder):
+    patcher = tiny.tiny("sd15", inference=True)
+    _, lora = lora_on(patcher, preset="attention", conv=False)
+    options = {"interpolation": "linear", "clock": "trajectory", "blocks": "ff=0", "strength_clip": 0.3}
+    report = load(patcher, lora=LoraModel(lora), **options)[3]
+    for option in ("interpolation", "clock and sigmas", "strength_clip", "blocks"):
+        assert f"{option}: no effect" in report, report
+    quiet = load(patcher, lora=LoraModel(lora), interpolation="linear", clock="trajectory", steps="0@0.0,1@0.5")[3]
+    assert "no effect" not in quiet
+
+
+def test_schedules_of_blocks_are_drawn(folder):
+    patcher = tiny.tiny("sd15", inference=True)
+    _, lora = lora_on(patcher)
+    sizes = []
+    for blocks in ("", "in=0@1,1@6"):
+        images = load(patcher, lora=LoraModel(lora), blocks=blocks)[4].ui.as_dict()["images"]
+        place = folder_paths.get_temp_directory()
+        with Image.open(f"{place}/{images[0]['subfolder']}/{images[0]['filename']}") as picture:
+            sizes.append(picture.height)
+    assert sizes[1] > sizes[0] + 100
+
+
+def test_every_key_in_the_log_when_asked(folder, monkeypatch, caplog):
+    patcher = tiny.tiny("sd15", inference=True)
+    _, lora = lora_on(patcher)
+    lora["lora_unet_nowhere.lora_down.weight"] = torch.zeros(2, 3)
+    lora["lora_unet_nowhere.lora_up.weight"] = torch.zeros(3, 2)
+    for asked in (False, True):
+        monkeypatch.setenv("LOOM_DEBUG", str(int(asked)))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            load(patcher, lora=LoraModel(lora))
+        logged = [record.getMessage() for record in caplog.records if "layers placed" in record.getMessage()]
+        assert len(logged) == 1 and ("lora_unet_nowhere.lora_down.weight" in logged[0]) == asked
+
+
+def test_rounding_is_told(folder):
+    """What of the LoRA arrives on float8 weights, merged and beside them."""
+    patcher = tiny.tiny("sd15", dtype=torch.float8_e4m3fn, compute_dtype=torch.float32, inference=True)
+    _, lora = lora_on(patcher, size=0.05)
+    report = load(patcher, lora=LoraModel(lora))[3]
+    assert "branched: weights in float8_e4m3fn" in report
+    assert re.search(r"float8.*%", report.split("strongest")[1]), report
+
+
 def test_what_is_left_out_is_told_by_cause(folder):
     """A LoRA for another base names both; keys without a place are grouped."""
     patcher = tiny.tiny("sd15", inference=True)
@@ -105,7 +152,12 @@ def test_a_changed_file_is_read_again(folder):
     saved(folder, patcher, seed=1)
     assert LoomLoRALoaderAdvanced.fingerprint_inputs("cat.safetensors") != before
     assert not torch.equal(sampled(load(patcher, "cat.safetensors")[0], "sd15"), first)
-    assert LoomLoRALoaderAdvanced.fingerprint_inputs("../../etc/passwd") == ""
+    own = LoomLoRALoaderAdvanced.fingerprint_inputs("cat.safetensors")
+    (folder / "cat.json").write_text('{"activation text": "zorb"}')
+    assert LoomLoRALoaderAdvanced.fingerprint_inputs("cat.safetensors") != own, "what lies beside it counts"
+    assert load(patcher, "cat.safetensors")[2] == "zorb"
+    unknown = LoomLoRALoaderAdvanced.fingerprint_inputs("../../etc/passwd")
+    assert unknown == LoomLoRALoaderAdvanced.fingerprint_inputs("nothing") and "passwd" not in unknown
     with pytest.raises(ValueError, match="there is no"):
         load(patcher, "../../etc/passwd")
 
