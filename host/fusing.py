@@ -208,11 +208,15 @@ def _pair(patcher: Any, key: str) -> tuple[Tensor, Tensor] | None:
     entry = patcher.backup.get(key)
     if entry is None or entry.inplace_update:
         return None
-    weight, set_function, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
-    base = entry.weight
-    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, base))
-    if not plain or set_function is not None or convert is not None:
+    module: nn.Module | None = patcher.model
+    *path, name = key.split(".")
+    for step in path:
+        module = None if module is None else module._modules.get(step)
+    weight, base = None if module is None else module._parameters.get(name), entry.weight
+    own_ways = hasattr(type(module), f"set_{name}") or hasattr(type(module), f"convert_{name}")  # of quantised layers
+    if own_ways or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (weight, base)):
         return None
+    assert weight is not None
     same = weight.shape == base.shape and weight.dtype == base.dtype and weight.data_ptr() != base.data_ptr()
     return (weight, base) if same else None
 

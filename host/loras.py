@@ -3,8 +3,8 @@
 * ``lora_names``, ``load``, ``file_state``: what lies in the host's LoRA folders
 * ``sources``, ``load_source``, ``path_of``, ``source_state``: those, and what runs keep: ``run: cat``,
   ``run: cat (best)``, ``run: cat (step 500)``
-* ``state_of``, ``state_of_path``: change with all that a node makes of a LoRA: the file, what lies beside it, presets of
-  block weights
+* ``state_of``, ``state_of_path``: change with all that a node makes of a LoRA: the file, what lies beside it, and
+  presets of block weights
 * ``place_for``, ``free_place_for``, ``listed_name``: where a file is written, and what it is listed under
 """
 

@@ -1,18 +1,16 @@
 """A prompt with LoRA tags → MODEL, CLIP, CONDITIONING.
 
-* ``apply_prompt``: finds the LoRAs that the tags name and that are for this MODEL of two, puts them on MODEL and CLIP, and encodes the rest of the prompt:
-  once, or once for every weight that the text encoders get over the run (``scheduled_text``).
-* ``prompt_state``: changes when something that a prompt names does.
+* ``apply_prompt``: finds the LoRAs that the tags name and that are for this MODEL of two, puts them on MODEL and CLIP,
+  and encodes the rest of the prompt: once, or once for every weight that the text encoders get over the run
+  (``scheduled_text``).
 
 Names are those of files and runs, found in the way of ``kernels.strengths.lookup``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +18,11 @@ from typing import Any
 import comfy.model_management
 
 from ..kernels.sidecars import Facts
-from ..kernels.sides import HIGH, LOW, OTHER, side_by_name
+from ..kernels.sides import OTHER
 from ..kernels.strengths.components import UNET, by_part
 from ..kernels.strengths.lookup import find_name
 from ..kernels.strengths.schedule import ModelClock, Schedule, fixed
-from ..kernels.strengths.tags import Tag, canonical, names_in, parse_prompt
+from ..kernels.strengths.tags import Tag, canonical, parse_prompt
 from . import lora_cache, loras, pairs
 from .applied import log, report
 from .apply import ENGINES, HOST, Applied, Strengths, apply_lora
@@ -40,9 +38,6 @@ SIDES = {
     "low": "the MODEL is the one for low noise of two: what is for high noise is left out",
 }
 _NOBODY = "the LoRA holds nothing for"
-_MOST_FILES = 100  # that the names of a prompt may mean, to look at one by one
-_BORDERS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_PIECE = re.compile(r"[^\W\d_]+|\d+")
 _BRACKET = re.compile(r"\\.|[()]")
 _PLACE = re.compile(r"(?<![A-Za-z0-9_])_tags_(?![A-Za-z0-9_])")
 _EMPTY_PLACE = re.compile(_PLACE.pattern + r"[ \t]*,?[ \t]*")
@@ -171,7 +166,9 @@ def _use(
     try:
         lora = lora_cache.get(find_name(tag.name, sources), force_reload)
         part = _for_side(tag, lora, side, sources, notes)
-        return part and _Use(tag, part, _strengths(tag, present, engine, course, seed), lora.facts())
+        if part is None:
+            return None
+        return _Use(tag, part, _strengths(tag, present, engine, course, seed), lora.facts())
     except ValueError as error:
         raise ValueError(f"<lora:{tag.name[:60]}>: {error}") from error
 
@@ -198,7 +195,7 @@ def _for_side(
         notes.append(f"{shown}, which seems made for {seems}; it is here because the tag says {tag.side}")
         return lora
     notes += told
-    notes.append(f"{shown}, for {seems}, and was left out: this MODEL is for {side} noise (write :{side} to have it here)")
+    notes.append(f"{shown}, for {seems}, and was left out: this MODEL is for {side} noise (:{side} puts it here)")
     return None
 
 
@@ -377,53 +374,3 @@ def _left_out(tag: Tag, side: str) -> str:
     here = "is for one of two MODELs" if side == "one" else f"is not for the MODEL for {side} noise"
     cure = f"; set side to {tag.side} where that MODEL is" if side == "one" else ""
     return f"<lora:{tag.name[:60]}> ({tag.side}) {here}, and was left out{cure}"
-
-
-# -- has anything changed?
-
-
-def prompt_state(prompt: Any, side: Any = "one") -> str:
-    """Changes with the LoRAs that a prompt names, what lies beside them, and presets of block weights; None is a prompt
-    that is not known yet. Never raises, and takes little time however many files there are."""
-    if prompt is None:
-        return loras.state_of(None)
-    names = names_in(prompt) if isinstance(prompt, str) else []
-    if not names:
-        return ""
-    try:
-        sources = loras.sources()
-    except (ValueError, OSError):  # a run's folder that vanishes just now
-        sources = []
-    meant = _may_mean(names, sources)
-    if len(meant) > _MOST_FILES:
-        meant = [None]
-    found = [(source, loras.state_of(source)) for source in meant]
-    if side in (HIGH, LOW):
-        found += [(source, side_by_name(source, sources).side) for source in meant if source]
-    return hashlib.sha256(repr((found, loras.state_of(""))).encode(errors="replace")).hexdigest()
-
-
-def _may_mean(names: Sequence[str], sources: Sequence[str]) -> list[str | None]:
-    """Those of ``sources`` that ``find_name`` may choose for one of ``names``, at a fraction of its cost."""
-    every = [(source, unicodedata.normalize("NFC", source).casefold()) for source in sources]
-    by_path: dict[str, list[str]] = {}
-    by_stem: dict[str, list[str]] = {}
-    for source in sources:
-        path = _plain(source)
-        by_path.setdefault(path, []).append(source)
-        by_stem.setdefault(path.rpartition("/")[2], []).append(source)
-    found: dict[str | None, None] = {}
-    for own in map(_plain, names):
-        if same := by_path.get(own) or by_stem.get(own):
-            found |= dict.fromkeys(same)
-            continue
-        pieces = _PIECE.findall(_BORDERS.sub(" ", unicodedata.normalize("NFC", own)))
-        near = every
-        for piece in sorted(map(str.casefold, pieces), key=len, reverse=True):
-            near = [pair for pair in near if piece in pair[1]]
-        found |= dict.fromkeys(source for source, _ in near)
-    return list(found)
-
-
-def _plain(name: str) -> str:
-    return name.strip().replace("\\", "/").removesuffix(loras.SUFFIX)

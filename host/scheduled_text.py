@@ -161,7 +161,7 @@ class Variant:
 
 
 class _Ours(float):
-    """An end of the range that an entry was given for other MODELs; one that a node sets later is none, even if equal."""
+    """An end of the range that an entry was given for other MODELs; one that a node sets is none, even if equal."""
 
 
 def conditioning(encodings: Mapping[int, Entries], choice: Choice, first: int) -> Entries:

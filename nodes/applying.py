@@ -206,7 +206,7 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         )
         loaded = lora_cache.of(lora) if lora is not None else lora_cache.get(lora_name, force_reload)
         new_model, new_clip, found = apply_lora(model, clip, loaded, strengths, engine)
-        found = found.noting(_in_vain(strengths, found, clip, interpolation, clock))
+        found = found.noting(_in_vain(strengths, found, clip, interpolation))
         applied.log(loaded.name, found)
         facts = loaded.facts()
         shares = applied.shares(model, found) if picture and found.adapters else None
@@ -215,15 +215,14 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         return io.NodeOutput(new_model, new_clip, ", ".join(facts.words), text, ui=shown)
 
 
-def _in_vain(strengths: Strengths, found: Applied, clip: Any, interpolation: str, clock: str) -> list[str]:
+def _in_vain(strengths: Strengths, found: Applied, clip: Any, interpolation: str) -> list[str]:
     """What was set and changes nothing, in sentences."""
     changing = any(strength.schedules for strength in found.strengths.values())
     asked = any(part.constant is None for part in (strengths.steps, *strengths.components.values()))
     notes = []
     if not changing and interpolation != INTERPOLATIONS[0] and not asked:
         notes.append("interpolation: no effect, nothing changes over the run")
-    if not changing and clock != RUN:
-        notes.append("clock and sigmas: no effect, nothing changes over the run")
+    notes += strengths.course.without_effect(changing)
     if clip is None and strengths.clip.constant != 1:
         notes.append("strength_clip: no effect without a CLIP; connect it, or leave it at 1")
     if asked and not found.strengths:

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..host.apply import AUTO
 from ..host.clocks import RUN
-from ..host.prompt_lora import ALL_WORDS, SIDES, apply_prompt, prompt_state
+from ..host.prompt_lora import ALL_WORDS, SIDES, apply_prompt
+from ..host.prompt_states import prompt_state
 from ..kernels.strengths.dialects import DIALECTS, SDNEXT
 from .applying import clock_inputs, course, engine_input, reload_input
 from .compat import build
@@ -97,7 +98,9 @@ class LoomPromptLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, prompt: Any = None, side: Any = None, force_reload: Any = False, **_: Any) -> str | float:
+    def fingerprint_inputs(
+        cls, prompt: Any = None, side: Any = None, force_reload: Any = False, **_: Any
+    ) -> str | float:
         """Changes with the files; runs before execute and on unchecked strings, so it never raises."""
         return float("nan") if force_reload else prompt_state(prompt, side)
 

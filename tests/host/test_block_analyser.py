@@ -382,7 +382,7 @@ def test_of_videos_little_is_kept(vaes):
             pixels += torch.linspace(0, 0.2, frames)[None, :, None, None, None]
             storages = [o.untyped_storage() for o in gc.get_objects() if isinstance(o, torch.Tensor)]
             held.append(len({s.data_ptr() for s in storages if s.nbytes() >= pixels.untyped_storage().nbytes()}))
-            given.append(pixels.double().clamp(0, 1).numpy())
+            given.append(np.array(pixels.double().clamp(0, 1)))
             return pixels
 
     found = analysed(model, name, Frames(), tensors)

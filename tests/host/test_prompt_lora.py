@@ -176,6 +176,108 @@ def test_tags_are_what_the_loader_says(sd15, folder, tag, options, wanted):
     assert relative(run(again.model, "sd15", again.conditioning, negative, sigmas), got) <= EQUAL
 
 
+def test_files_of_pairs_go_to_their_side(sd15, folder):
+    """Without high or low in the tag, as the pair node does it: by keys, metadata, name."""
+    model, clip = sd15
+    lora = lora_tensors(model, clip)
+    for name, metadata in (
+        ("walk_high_noise", {}),
+        ("walk_low_noise", {}),
+        ("run", {"ss_sd_model_name": "wan2.2_t2v_low_noise.safetensors"}),
+    ):
+        put(folder, f"{name}.safetensors", lora, metadata)
+    prompt = f"{TEXT} <lora:walk_high_noise> <lora:walk_low_noise> <lora:run> <lora:cat:0.5>"
+    for side, kept, gone in (
+        ("high", ["walk_high_noise", "cat"], ["walk_low_noise", "run"]),
+        ("low", ["walk_low_noise", "run", "cat"], ["walk_high_noise"]),
+    ):
+        done = prompted(model, clip, prompt, side=side)
+        tags = "".join(f"<lora:{name}:{0.5 if name == 'cat' else 1}>" for name in kept)
+        same_text(done.conditioning, prompted(model, clip, TEXT + tags).conditioning)
+        for name in gone:
+            other = "low" if side == "high" else "high"
+            assert f"<lora:{name}> is {name}.safetensors, for {other} noise (" in done.report
+        assert done.report.count("and was left out: this MODEL is for") == len(gone)
+    forced = prompted(model, clip, f"{TEXT} <lora:run:1:high>", side="high")
+    assert "it is here because the tag says high" in forced.report and "19 weights of the MODEL" in forced.report
+    alone = prompted(model, clip, prompt)
+    assert alone.report.count("; set side if this MODEL is one of two") == 3 and "left out" not in alone.report
+
+
+def test_a_file_with_keys_for_both_sides(folder):
+    model, clip = pair("sd15")
+    halves = [lora_tensors(model, clip, seed=seed, on_text=False) for seed in (1, 2)]
+    both = {
+        f"{part}.{key}": tensor
+        for part, half in zip(("high_noise", "low_noise"), halves, strict=True)
+        for key, tensor in half.items()
+    }
+    put(folder, "both.safetensors", both)
+    put(folder, "one.safetensors", {key: tensor for key, tensor in both.items() if key.startswith("high")})
+    negative, sigmas = encoded(clip, ""), sigmas_of(model, "normal", 2)
+    for side, half in zip(("high", "low"), halves, strict=True):
+        for tag in ("<lora:both>", f"<lora:both:1:{side}>"):
+            done = prompted(model, clip, TEXT + tag, side=side)
+            hand, text = by_hand(model, clip, half, TEXT, 1.0, 1.0)
+            got = run(done.model, "sd15", done.conditioning, negative, sigmas)
+            assert relative(got, run(hand, "sd15", text, negative, sigmas)) <= EQUAL
+    assert "and was left out" in prompted(model, clip, TEXT + "<lora:one>", side="low").report
+    with pytest.raises(ValueError, match="<lora:one>: low: one.safetensors is for high noise .by its keys. only"):
+        prompted(model, clip, TEXT + "<lora:one:1:low>", side="low")
+
+
+@pytest.mark.parametrize(
+    "tag, on_model, on_text, note",
+    [
+        ("te=0.3:unet=1", True, False, "the weights on text encoders have no effect, the LoRA holds nothing"),
+        ("te1=0.5", True, False, "the weights on text encoders have no effect"),
+        ("module=te1", True, False, "module: te1 leaves nothing of it, the LoRA holds nothing for the text encoders"),
+        ("unet=0.3:te=1", False, True, "unet: no effect, the LoRA holds nothing for the MODEL"),
+        ("1:blocks=in=0:start=3", False, True, "blocks and steps: no effect"),
+        ("module=unet", False, True, "module: unet leaves nothing of it, the LoRA holds nothing for the MODEL"),
+        ("0.7", True, False, ""),
+        ("0.7", False, True, ""),
+        ("te=0:unet=0.7", True, False, ""),
+        ("unet=0.3:te=0.4:blocks=in=0", True, True, ""),
+    ],
+)
+def test_what_has_no_effect_is_told(folder, tag, on_model, on_text, note):
+    model, clip = pair("sd15")
+    put(folder, "cat.safetensors", lora_tensors(model, clip, on_model=on_model, on_text=on_text))
+    report = prompted(model, clip, f"{TEXT}<lora:cat:{tag}>").report
+    assert note in report and bool(note) == ("the LoRA holds nothing" in report)
+
+
+def test_a_clock_without_anything_that_changes_is_told(sd15):
+    course = Course("trajectory", (14.0, 3.0, 0.0))
+    note = "clock: trajectory has no effect, since no weight changes over the run"
+    for tag, idle in (("0.7", True), ("te=0.1@1,0.6@2", False), ("1:start=2", False), ("1:in=0@1,1@2", False)):
+        assert (note in prompted(*sd15, f"{TEXT}<lora:cat:{tag}>", course=course).report) == idle
+    assert note not in prompted(*sd15, f"{TEXT}<lora:cat:0.7>").report
+
+
+def test_what_is_off_brings_neither_words_nor_embeddings(folder):
+    model, clip = pair("sdxl")
+    lora = dict(lora_tensors(model, clip))
+    draws = torch.Generator().manual_seed(7)
+    lora |= {f"bundle_emb.mycat.{name}": torch.randn(2, 64, generator=draws) for name in ("clip_l", "clip_g")}
+    put(folder, "cat.safetensors", lora, {"modelspec.trigger_phrase": "ohwx"})
+    for tag, words, known in (
+        ("0.5", "ohwx", True),
+        ("0", "", False),
+        ("unet=0:te=0", "", False),
+        ("1:te=0:te1=0:start=2", "ohwx", False),
+        ("module=unet", "ohwx", False),
+        ("0.5:te1=0", "ohwx", True),
+        ("te=0@1,1@2:unet=0", "ohwx", True),
+    ):
+        done = prompted(model, clip, f"a mycat<lora:cat:{tag}>", trigger_words=-1)
+        assert done.words == words and done.text == ", ".join(filter(None, ("a mycat", words)))
+        plain = encoded(clip, done.text)
+        for entry, factor in zip(done.conditioning, (0, 1) if "@" in tag else (known,), strict=True):
+            assert (relative(entry[0], plain[0][0]) > 1e-3) == bool(factor)
+
+
 # ---------------------------------------------------------------- weights over the run
 
 

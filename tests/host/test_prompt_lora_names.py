@@ -8,9 +8,11 @@ from pathlib import Path
 
 import folder_paths
 import pytest
+from comfy.sd1_clip import escape_important
+from comfy.sd1_clip import token_weights as weights_in
 
 from lora_loom.host import lora_cache
-from lora_loom.host.prompt_lora import prompt_state
+from lora_loom.host.prompt_states import prompt_state
 from lora_loom.kernels.safetensors_io import save_tensors
 from lora_loom.kernels.strengths.dialects import DIALECTS
 from lora_loom.kernels.strengths.tags import names_in, parse_prompt
@@ -18,6 +20,11 @@ from lora_loom.nodes.prompting import LoomPromptLoRA
 from prompting import encoded, lora_folder, lora_tensors, pair, prompted, put, same_text, two_loras
 
 TEXT = "a cat, on a chair"
+
+
+def token_weights(text):
+    """As the host reads brackets."""
+    return weights_in(escape_important(text), 1.0)
 
 
 @pytest.fixture
@@ -63,6 +70,28 @@ def test_trigger_words_of_several_and_of_none(sd15, folder):
     done = prompted(model, clip, "a, _tags_, b<lora:gogh:0.5>", trigger_words=2)
     assert done.text == "a, b" and "trigger words: none added, the LoRAs have none" in done.report
     assert prompted(model, clip, "a, _tags_").text == "a,"
+
+
+@pytest.mark.parametrize(
+    "word, wanted",
+    [
+        ("(((cat", r"\(\(\(cat"),
+        ("cat) (dog", r"cat\) \(dog"),
+        (r"cat \(animal\)", r"cat \(animal\)"),
+        (r"cat \(animal)", r"cat \(animal\)"),
+        ("(cat:1.2)", "(cat:1.2)"),
+        ("cat\\", "cat"),
+    ],
+)
+def test_trigger_words_hold_nothing_else_together(sd15, folder, word, wanted):
+    """Brackets that do not close stand for themselves, so what is around them has the weight that was written."""
+    model, clip = sd15
+    (folder / "style/Van_Gogh-v2.civitai.info").write_text(json.dumps({"trainedWords": [word]}))
+    done = prompted(model, clip, "photo (of _tags_:1.3) here<lora:gogh:0.5>")
+    assert done.text == f"photo (of {wanted}:1.3) here"
+    weights = {weight for _, weight in token_weights(wanted)} - {1.0}
+    inside = [weight for text, weight in token_weights(done.text) if "of" in text or "here" in text]
+    assert inside == [1.3, 1.0] and weights <= {1.2}
 
 
 # ---------------------------------------------------------------- names
