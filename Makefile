@@ -30,6 +30,7 @@ bench: setup
 	$(RUN) bench/kernels.py
 	$(RUN) bench/train_step.py
 	$(RUN) bench/data.py
+	$(RUN) bench/apply.py
 	$(RUN) bench/quality.py --steps 100 --grid 5
 
 soak: setup

@@ -84,8 +84,9 @@ def is_product(module: nn.Module) -> bool:
 
 def _parameters(tree: nn.Module) -> Iterator[tuple[str, Parameter]]:
     for path, module in tree.named_modules(remove_duplicate=False):
-        beside = any(True for child in module.children() for _ in child.parameters())
-        for name, value in module.named_parameters(recurse=False):
+        own = {name: value for name, value in module._parameters.items() if value is not None}
+        beside = bool(own) and any(True for child in module.children() for _ in child.parameters())
+        for name, value in own.items():
             product, cast = name == "weight" and is_product(module), hasattr(module, f"{name}_function")
             key = f"{path}.{name}" if path else name
             yield key, Parameter(product, beside, cast, tuple(value.shape), ref(module), name)
