@@ -115,7 +115,9 @@ def sampling_prompt(lora: str | None, text: str, batch: int, seed: int) -> dict[
 
 
 def pictures_of(server: Server, outputs: dict[str, Any]) -> list[Image.Image]:
-    return [Image.open(path).convert("RGB") for path in sorted(server.files(outputs))]
+    """Those that were saved; some nodes show pictures of their own."""
+    saved = (path for path in server.files(outputs) if path.is_relative_to(server.base / "output"))
+    return [Image.open(path).convert("RGB") for path in sorted(saved)]
 
 
 def features(pictures: list[Image.Image]) -> torch.Tensor:

@@ -16,6 +16,7 @@ import itertools
 from pathlib import Path
 
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -153,7 +154,9 @@ def test_beside_each_picture_stands_what_the_base_alone_gives(parts, previewed):
             assert after.crop(place).tobytes() != alone.tobytes(), (name, prompt, seed)
             if name == f"step-{STEPS:06d}.png":
                 with_it = by_the_host(trained, text, vae, prompt, seed)
-                assert after.crop(place).tobytes() == with_it.tobytes(), (prompt, seed)
+                # the host adds its products up in another order: at most one level of a pixel
+                levels = np.abs(np.asarray(after.crop(place), int) - np.asarray(with_it, int))
+                assert levels.max() <= 1, (prompt, seed)
 
 
 def _saved(lora):
