@@ -227,7 +227,7 @@ class LayerBranch:
 
     def _add_products(self, x: Tensor, y: Tensor, down: Tensor) -> Tensor:
         if self.geometry is not None:
-            hidden = convolve(x, down.view(*down.shape[:2], *self._kernel()), self.geometry)
+            hidden = convolve(x, down, self.geometry)
             for group in self._groups:
                 own = hidden[:, group.start : group.end] if len(self._groups) > 1 else hidden
                 scale = group.factor if group.vector is None else per_channel(group.vector, self.geometry)
@@ -243,9 +243,6 @@ class LayerBranch:
                 own, alpha = own.mul_(group.vector), 1.0
             _rows(flat, group.rows, 1).addmm_(own, group.up.to(x.dtype).T, alpha=alpha)
         return flat.view(y.shape)
-
-    def _kernel(self) -> tuple[int, ...]:
-        return tuple(self._pairs[0].lora.down.shape[2:])
 
 
 def _pieces(adapter: Adapter) -> Iterator[Adapter]:
