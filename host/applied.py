@@ -23,6 +23,7 @@ from .branching import Strength
 from .diagnosis import Shares, shares_of
 from .pictures import bar_picture, below, schedule_picture
 from .realised import realised, realised_lines
+from .targets import layer_of
 
 ENGINES_SHOWN = {FUSE: "fused", BRANCH: "branched", HOST: "patched by the host's own loader"}
 MOST_LINES = 60
@@ -53,7 +54,7 @@ def log(name: str, applied: Applied) -> None:
 
 def shares(model: Any, applied: Applied) -> Shares:
     """How much each block of ``model``, the MODEL before, changes; scheduled strengths at their greatest."""
-    strengths = {_layer(key): strength.greatest for key, strength in applied.strengths.items()}
+    strengths = {layer_of(key): strength.greatest for key, strength in applied.strengths.items()}
     return shares_of(model, layer_adapters(applied), lambda path: strengths[path])
 
 
@@ -66,11 +67,7 @@ def picture(name: str, found: Shares, strengths: Strengths, applied: Applied) ->
 
 def layer_adapters(applied: Applied) -> dict[str, Adapter]:
     """By the paths of layers; those of the MODEL."""
-    return {_layer(key): adapter for key, adapter in applied.adapters.items() if not key.endswith(".bias")}
-
-
-def _layer(key: str) -> str:
-    return key.removesuffix(".weight").removesuffix(".bias")
+    return {layer_of(key): adapter for key, adapter in applied.adapters.items() if not key.endswith(".bias")}
 
 
 def _schedules(strengths: Strengths, applied: Applied) -> dict[str, Schedule]:

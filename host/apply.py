@@ -39,7 +39,7 @@ from .branching import BranchedLoRA, Strength
 from .clocks import Course
 from .embeddings import encoders, with_words
 from .presets import block_presets
-from .targets import Parameter, layout_of, names_of, parameters_of
+from .targets import Parameter, layer_of, layout_of, names_of, parameters_of
 
 AUTO, FUSE, BRANCH, HOST = "auto", "fuse", "branch", "host"
 ENGINES = {
@@ -158,7 +158,7 @@ def _by_us(
         (on_clip if own is text else on_model).update(dict.fromkeys(keys, adapter))
         unplaced += lost
     on_model_at = _strengths_on_model(on_model, blocks, parts, strengths)
-    if blocks.weights and on_model and all(blocks.of(_layer(key)) == _ONE for key in on_model):
+    if blocks.weights and on_model and all(blocks.of(layer_of(key)) == _ONE for key in on_model):
         notes.append("blocks: no effect, this LoRA is on none of the layers that it names")
     new_model, done, why = _on_model(model, on_model, on_model_at, engine, fresh)
     new_clip = clip
@@ -205,11 +205,6 @@ def _block_weights(model: Any, strengths: Strengths) -> BlockWeights:
     )
 
 
-def _layer(key: str) -> str:
-    """The canonical path that a parameter belongs to."""
-    return key.removesuffix(".weight").removesuffix(".bias")
-
-
 def _parameter(path: str, parameters: Mapping[str, Parameter]) -> str | None:
     """The parameter that a canonical path means."""
     return next((key for key in (f"{path}.weight", path) if key in parameters), None)
@@ -238,7 +233,7 @@ def _strengths_on_model(
     known: dict[Schedule, Strength] = {}  # most layers have the same
     found = {}
     for key in adapters:
-        own = blocks.of(_layer(key))
+        own = blocks.of(layer_of(key))
         if own not in known:
             known[own] = Strength.of((*common, own), strengths.course)
         found[key] = known[own]
@@ -275,7 +270,7 @@ def _on_model(
             branched[key] = adapter
         else:
             fused[key] = [(adapter, strength.begin)]
-    _keep_together(clone, fused, branched)
+    _keep_together(clone, branched)
     if fused:
         fusing.add_fused(clone, fused)
         fusing.install(clone)
@@ -332,19 +327,26 @@ def _together(
     return chosen, reason
 
 
-def _keep_together(clone: Any, fused: Mapping[str, Any], branched: Mapping[str, Adapter]) -> None:
-    """What is fused of earlier LoRAs where ours depends on the weight and acts beside it goes beside it, too."""
-    moved: dict[str, Adapter] = {}
-    strengths: dict[str, Strength] = {}
+def _keep_together(clone: Any, branched: Mapping[str, Adapter]) -> None:
+    """What is fused of earlier LoRAs where ours depends on the weight and acts beside it goes beside it too, with what
+    it does to the bias."""
+    earlier: list[dict[str, tuple[Adapter, float]]] = []  # one behind the other on the same parameter
     for key, adapter in branched.items():
-        if needs_weight(adapter):
-            for number, (other, strength, *_) in enumerate(fusing.take_off(clone, key)):
-                if number == 0:
-                    moved[key], strengths[key] = other, Strength(strength)
-                else:
-                    branching.put(clone, BranchedLoRA({key: other}, {key: Strength(strength)}))
-    if moved:
-        branching.put(clone, BranchedLoRA(moved, strengths))
+        if key.endswith(".bias") or not needs_weight(adapter):
+            continue
+        taken = {key: fusing.take_off(clone, key)}
+        if taken[key] and key.endswith(".weight"):
+            bias = f"{layer_of(key)}.bias"
+            taken[bias] = fusing.take_off(clone, bias)
+        for place, parts in taken.items():
+            for number, (other, strength, *_) in enumerate(parts):
+                if number == len(earlier):
+                    earlier.append({})
+                earlier[number][place] = other, strength
+    for found in earlier:
+        adapters = {key: other for key, (other, _) in found.items()}
+        strengths = {key: Strength(strength) for key, (_, strength) in found.items()}
+        branching.put(clone, BranchedLoRA(adapters, strengths))
 
 
 def _strengths_on_clip(

@@ -2,7 +2,7 @@
 
 * ``names_of``: the table of names of a MODEL's layers and, with one, of a CLIP's.
 * ``layout_of``: blocks and paths of a module tree, for block weights.
-* ``parameters_of``: its parameters, and what kind of place for an adapter each is.
+* ``parameters_of``: its parameters, and what kind of place for an adapter each is; ``layer_of``: the layer of one.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ class Parameter:
 def parameters_of(tree: nn.Module) -> dict[str, Parameter]:
     """By name."""
     return _once(tree, "parameters", lambda: dict(_parameters(tree)))
+
+
+def layer_of(key: str) -> str:
+    """The canonical path that a parameter belongs to."""
+    return key.removesuffix(".weight").removesuffix(".bias")
 
 
 def is_product(module: nn.Module) -> bool:

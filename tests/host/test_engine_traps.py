@@ -15,6 +15,7 @@ from applying import lora_on, noise_for, norms, relative, sampled
 from lora_loom.host import branching
 from lora_loom.host.apply import AUTO, BRANCH, FUSE, Strengths, apply_lora
 from lora_loom.kernels.branches import LayerBranch
+from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.strengths.schedule import parse
 
 
@@ -281,3 +282,18 @@ def test_nothing_is_claimed_at_strength_0():
     model, _, applied = apply_lora(patcher, None, lora, Strengths(blocks="all=0"))
     assert applied.model_weights == 0 and len(applied.strengths) > 50
     assert torch.equal(sampled(model, "sd15"), sampled(patcher, "sd15"))
+
+
+def test_what_moves_beside_takes_its_bias_along():
+    """PEFT's (IA)³ scales biases too: fused first, then beside a DoRA, it scales them once."""
+    patcher = tiny.tiny("sd15", inference=True)
+    path = next(t.path for t in select_targets(patcher.model, "full", False) if t.path.endswith("ff.net.0.proj"))
+    factors = {f"{path}.ia3_l": torch.linspace(0.5, 2, patcher.model.get_submodule(path).weight.shape[0])[:, None]}
+    _, dora = lora_on(patcher, "LoRA", {"dora": "output"}, seed=2)
+    pictures = []
+    for engine in (FUSE, BRANCH):
+        model, _, applied = apply_lora(patcher, None, factors, Strengths.of(0.7), FUSE)
+        assert f"{path}.bias" in applied.fused
+        model, _, _ = apply_lora(model, None, dora, Strengths.of(0.7), engine)
+        pictures.append(sampled(model, "sd15"))
+    assert relative(*pictures) <= 1e-4
