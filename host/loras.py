@@ -1,6 +1,6 @@
 """LoRA files by the names the host knows them under, and those of runs; names from a graph are untrusted.
 
-* ``lora_names``, ``load``, ``file_state``: what lies in the host's LoRA folders
+* ``lora_names``: what lies in the host's LoRA folders
 * ``sources``, ``load_source``, ``path_of``, ``source_state``: those, and what runs keep: ``run: cat``,
   ``run: cat (best)``, ``run: cat (step 500)``
 * ``state_of``, ``state_of_path``: change with all that a node makes of a LoRA: the file, what lies beside it, and
@@ -37,20 +37,6 @@ _KINDS = re.compile(r"-(?:step(?P<step>\d{1,9})|(?P<kind>best|ema))", re.ASCII)
 def lora_names() -> list[str]:
     """Every safetensors file in the host's LoRA folders, as the host writes them."""
     return [name for name in folder_paths.get_filename_list("loras") if name.endswith(SUFFIX)]
-
-
-def load(name: str) -> LoraModel:
-    """The LoRA called ``name``. Raises ValueError naming ``lora_name``."""
-    if name not in lora_names():
-        raise ValueError(f"lora_name: there is no LoRA {name!r} in the loras folders (only .safetensors is read)")
-    return load_tensors(folder_paths.get_full_path_or_raise("loras", name))
-
-
-def file_state(name: Any) -> str:
-    """Changes when the file called ``name`` does; empty for what is no LoRA file."""
-    if name not in lora_names():
-        return ""
-    return _state(folder_paths.get_full_path_or_raise("loras", name))
 
 
 def sources() -> list[str]:

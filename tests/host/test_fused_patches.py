@@ -7,14 +7,13 @@ import torch
 from comfy.lora import calculate_weight
 
 import tiny
+from applying import random_adapter
 from lora_loom.host.apply import Strengths, apply_lora
-from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.compose import Sum
 from lora_loom.kernels.dora import DoRA
 from lora_loom.kernels.layers import select_targets
 from lora_loom.kernels.names import NameTable
 from lora_loom.kernels.reading import LoRAFile, read_lora
-from lora_loom.kernels.registry import make_adapter
 from lora_loom.kernels.writing import to_tensors
 from lora_loom.training.settings import ALGORITHMS
 
@@ -26,12 +25,6 @@ CASES = [
     ("LoKr", {"tucker": True, "factor": 2, "rank": 1}),
     ("IA3", {"on_input": True}),
 ]
-
-
-def random_adapter(family, shape, options, weight, seed):
-    draws = torch.Generator().manual_seed(seed)
-    fresh = make_adapter(family, shape, Options(**{"rank": 3, "alpha": 2.0, "block_size": 8} | options), draws, weight)
-    return fresh.with_tensors({k: t + 0.1 * torch.randn(t.shape, generator=draws) for k, t in fresh.tensors.items()})
 
 
 def lora_for(patcher, family, options):
