@@ -17,7 +17,11 @@ from torch import Tensor
 from ..kernels.strengths.schedule import Clock, ModelClock
 
 RUN, TRAJECTORY = "run", "trajectory"
-CLOCKS = (RUN, TRAJECTORY)
+CLOCKS = {
+    RUN: "steps of this sampler's run; a second sampler, or denoise below 1, counts its own steps from 1",
+    TRAJECTORY: "the whole way from noise to picture, of which this run may be a part: by the model's own time, or "
+    "by the steps of the sigmas socket",
+}
 _HALVINGS = 40
 _LEVELS = 4096  # noise levels whose place is remembered
 

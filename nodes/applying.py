@@ -12,21 +12,11 @@ from ..host import applied, lora_cache, loras
 from ..host.apply import AUTO, ENGINES, Applied, Strengths, apply_lora
 from ..host.clocks import CLOCKS, RUN, Course
 from ..kernels.strengths.components import parse_components
-from ..kernels.strengths.schedule import INTERPOLATIONS, fixed, parse
+from ..kernels.strengths.schedule import HOLD, INTERPOLATIONS, fixed, parse
 from .compat import build
 from .sockets import CATEGORY, LORA_MODEL, explained
 
 FROM_SOCKET = "(from the lora socket)"
-INTERPOLATIONS_SHOWN = {
-    "hold": "a weight holds until the next point",
-    "linear": "straight from one point to the next",
-    "cosine": "gently from one point to the next",
-}
-CLOCKS_SHOWN = {
-    "run": "steps of this sampler's run; a second sampler, or denoise below 1, counts its own steps from 1",
-    "trajectory": "the whole way from noise to picture, of which this run may be a part: by the model's own time, or "
-    "by the steps of the sigmas socket",
-}
 
 
 def strength(name: str, what: str, **details: Any) -> Any:
@@ -58,7 +48,7 @@ def clock_inputs() -> list[Any]:
             options=list(CLOCKS),
             default=RUN,
             optional=True,
-            tooltip=f"Which steps the places behind @ are counted in.\n{explained(CLOCKS_SHOWN)}",
+            tooltip=f"Which steps the places behind @ are counted in.\n{explained(CLOCKS)}",
         ),
         io.Sigmas.Input(
             "sigmas",
@@ -144,9 +134,9 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
                 io.Combo.Input(
                     "interpolation",
                     options=list(INTERPOLATIONS),
-                    default="hold",
+                    default=HOLD,
                     optional=True,
-                    tooltip=f"Between the points of steps, components and blocks.\n{explained(INTERPOLATIONS_SHOWN)}",
+                    tooltip=f"Between the points of steps, components and blocks.\n{explained(INTERPOLATIONS)}",
                 ),
                 *clock_inputs(),
                 io.Boolean.Input(
@@ -187,7 +177,7 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         components: str = "",
         blocks: str = "",
         steps: str = "",
-        interpolation: str = "hold",
+        interpolation: str = HOLD,
         clock: str = RUN,
         sigmas: Any = None,
         picture: bool = True,
@@ -220,7 +210,7 @@ def _in_vain(strengths: Strengths, found: Applied, clip: Any, interpolation: str
     changing = any(strength.schedules for strength in found.strengths.values())
     asked = any(part.constant is None for part in (strengths.steps, *strengths.components.values()))
     notes = []
-    if not changing and interpolation != INTERPOLATIONS[0] and not asked:
+    if not changing and interpolation != HOLD and not asked:
         notes.append("interpolation: no effect, nothing changes over the run")
     notes += strengths.course.without_effect(changing)
     if clip is None and strengths.clip.constant != 1:

@@ -10,19 +10,10 @@ from ..host.apply import AUTO
 from ..host.clocks import RUN
 from ..host.prompt_lora import ALL_WORDS, SIDES, apply_prompt
 from ..host.prompt_states import prompt_state
-from ..kernels.strengths.dialects import DIALECTS, SDNEXT
+from ..kernels.strengths.dialects import HABITS, SDNEXT
 from .applying import clock_inputs, course, engine_input, reload_input
 from .compat import build
 from .sockets import CATEGORY, explained
-
-_DIALECTS = {
-    "sdnext": "two numbers are MODEL and text encoders; steps count from 1; weights are held until the next place",
-    "a1111": "two numbers are text encoders and MODEL; te= alone is for both; a part without a name is block "
-    "weights (lbw)",
-    "loractl": "two numbers are text encoders and MODEL; te= alone is for both; weights over the run are blended in "
-    "straight lines",
-    "prompt-control": "two numbers are MODEL and text encoders; places count from 0 and weights are held",
-}
 
 
 class LoomPromptLoRA(io.ComfyNode):
@@ -55,7 +46,7 @@ class LoomPromptLoRA(io.ComfyNode):
                     tooltip="Text with tags such as <lora:name:0.8>. _tags_ stands for the LoRAs' trigger words. The "
                     "help page lists all that tags may say.",
                 ),
-                combo("dialect", {name: _DIALECTS[name] for name in DIALECTS}, SDNEXT, "Whose tags these are."),
+                combo("dialect", HABITS, SDNEXT, "Whose tags these are."),
                 io.Int.Input(
                     "trigger_words",
                     default=0,

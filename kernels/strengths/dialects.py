@@ -1,7 +1,8 @@
 """What the parts of ``<lora:name:…>`` mean to whom.
 
-* ``DIALECTS``: the programs whose habits contradict each other; ``TABLE``: every part of a tag, its meaning and an
-  example, in the dialects that give it that meaning. ``dialect_table`` is the same as Markdown.
+* ``DIALECTS``: the programs whose habits contradict each other, ``HABITS``: how.
+* ``TABLE``: every part of a tag, its meaning and an example, in the dialects that give it that meaning.
+  ``dialect_table`` is the same as Markdown.
 * ``weights``: a strength from its text, in the way of a dialect.
 * ``ELEMENTALS``: the named sets of elements that people carry.
 
@@ -17,6 +18,14 @@ from dataclasses import dataclass
 from .schedule import Point, Schedule, fixed, parse, simplest, weight_of
 
 SDNEXT, A1111, LORACTL, PROMPT_CONTROL = DIALECTS = ("sdnext", "a1111", "loractl", "prompt-control")
+HABITS = {  # what a dialect decides, for people
+    SDNEXT: "two numbers are MODEL and text encoders; steps count from 1; weights are held until the next place",
+    A1111: "two numbers are text encoders and MODEL; te= alone is for both; a part without a name is block "
+    "weights (lbw)",
+    LORACTL: "two numbers are text encoders and MODEL; te= alone is for both; weights over the run are blended in "
+    "straight lines",
+    PROMPT_CONTROL: "two numbers are MODEL and text encoders; places count from 0 and weights are held",
+}
 TE_FIRST = (A1111, LORACTL)  # the first number is te, and unet is what te has come to unless it is given
 ENCODERS = ("clip_l", "clip_g", "t5xxl")  # names of text encoders that are known without a CLIP
 SIDES = ("high", "low")

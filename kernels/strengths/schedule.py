@@ -26,7 +26,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-INTERPOLATIONS = ("hold", "linear", "cosine")
+HOLD = "hold"
+INTERPOLATIONS = {
+    HOLD: "a weight holds until the next point",
+    "linear": "straight from one point to the next",
+    "cosine": "gently from one point to the next",
+}
 UNITS = ("step", "fraction", "sigma")
 MAX_WEIGHT, MAX_POINTS, MAX_LENGTH = 100.0, 200, 8000
 MAX_STEP, MAX_SIGMA = 100_000, 1e10
