@@ -6,7 +6,6 @@ import folder_paths
 import peft
 import pytest
 import torch
-from lycoris.config import PRESET
 from lycoris.wrapper import LycorisNetwork
 
 import tiny
@@ -21,6 +20,7 @@ from lora_loom.kernels.registry import make_adapter
 from lora_loom.kernels.safetensors_io import save_tensors
 from lora_loom.kernels.unplaced import grouped, summary
 from lora_loom.kernels.writing import DIALECTS, to_tensors, write_lora
+from lycoris_presets import preset
 
 OLD = 1_600_000_000
 
@@ -152,9 +152,8 @@ def test_files_of_lycoris_itself(folder, name, algorithm):
     patcher = tiny.tiny(name)
     network = tiny.tiny(name).model.diffusion_model
     wanted = sorted(attention_of(patcher))[::3]
-    LycorisNetwork.apply_preset({**PRESET["full"], "enable_conv": False, "target_module": [], "target_name": wanted})
-    LycorisNetwork.LORA_PREFIX = "lora_unet"
-    made = LycorisNetwork(network, 1.0, 2, 0, 1.5, 1.5, network_module=algorithm, warn_on_unmatched=False)
+    with preset(enable_conv=False, target_module=[], target_name=wanted, lora_prefix="lora_unet"):
+        made = LycorisNetwork(network, 1.0, 2, 0, 1.5, 1.5, network_module=algorithm, warn_on_unmatched=False)
     made.apply_to()
     randomised(made)
     state = {key: tensor.detach().clone() for key, tensor in made.state_dict().items()}

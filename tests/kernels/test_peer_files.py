@@ -16,8 +16,9 @@ run_host.prepare_imports()
 
 import diffusers  # noqa: E402
 import peft  # noqa: E402
-from lycoris.config import PRESET  # noqa: E402
 from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights  # noqa: E402
+
+from lycoris_presets import preset  # noqa: E402
 
 
 class Tiny(nn.Module):
@@ -100,10 +101,10 @@ LYCORIS = {
 
 
 def lycoris_network(module, algo, linear_dim=2, conv_dim=2, **options):
-    LycorisNetwork.apply_preset(PRESET["full"])
-    network = LycorisNetwork(
-        module, 1.0, linear_dim, conv_dim, 1.5, 1.5, network_module=algo, warn_on_unmatched=False, **options
-    )
+    with preset():
+        network = LycorisNetwork(
+            module, 1.0, linear_dim, conv_dim, 1.5, 1.5, network_module=algo, warn_on_unmatched=False, **options
+        )
     network.apply_to()
     randomise(network.parameters(), 0.1)
     return network
