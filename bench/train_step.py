@@ -42,7 +42,7 @@ NAMES = (
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--channels", type=int, nargs="+", default=[96], help="model_channels (SD1.5 has 320)")
+    parser.add_argument("--channels", type=int, nargs="*", default=[96], help="model_channels (SD1.5 has 320)")
     parser.add_argument("--latent", type=int, default=32, help="side of the latent (SD1.5 trains at 64)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
