@@ -1,11 +1,13 @@
 """LoRAs on weights that are kept rounded: branched by themselves, with next to nothing lost."""
 
+import comfy.model_management
 import pytest
 import torch
 
 import tiny
 from applying import lora_on, relative, sampled
 from lora_loom.host.apply import AUTO, BRANCH, FUSE, HOST, Strengths, apply_lora
+from lora_loom.host.branching import stack_on
 from lora_loom.host.contents import content_of_model
 from test_quantised import OFFERED, quantised
 
@@ -71,6 +73,29 @@ def test_the_hosts_quantised_layers(name, kind):
     # inputs may be quantised as well: compared is what is left beside the effect itself
     assert relative(sampled(model, name), wanted) <= 0.3 * relative(base, wanted)
     assert torch.equal(sampled(patcher, name), base)
+
+
+@pytest.mark.parametrize("family", ["LoRA", "LoKr", "DoRA", "OFT"])
+@pytest.mark.parametrize("kind", OFFERED)
+def test_what_quantised_layers_gain(kind, family):
+    """Layer by layer, where the host's rounding of inputs is in the output with the LoRA and without it."""
+    patcher, dense = quantised("flux", kind)
+    options = {"dora": "output"} if family == "DoRA" else {}
+    kind_of = "LoRA" if family == "DoRA" else family
+    adapters, lora = lora_on(dense, kind_of, options, preset="attention+MLP", conv=False, size=0.05)
+    model, _, _ = apply_lora(patcher, None, lora, Strengths.of(0.5))
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([model])
+        hung = stack_on(model).hung_on(model.model)
+        draws = torch.Generator().manual_seed(11)
+        for path, adapter in adapters.items():
+            layer, weight = model.model.get_submodule(path), dense.model.get_submodule(path).weight
+            x = torch.randn(2, 9, weight.shape[1], generator=draws)
+            without = layer(x)
+            with hung.at((0.5,)):
+                gained = layer(x) - without
+            wanted = x @ (adapter.merged(weight, 0.5) - weight).T
+            assert relative(gained, wanted) <= 0.01, path
 
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)
