@@ -1,8 +1,8 @@
 """What to tell of a LoRA that was put on a MODEL and a CLIP.
 
-* ``report``: in sentences: what acts how strongly by which engine and why, trigger words, what found no place and what
-  is called alike, how much each block changes, what of it arrives on rounded weights.
-* ``picture``: how much each block changes, and weights over the run.
+* ``account``: in sentences: what acts how strongly by which engine and why, trigger words, what found no place and what
+  is called alike, how much each block changes, what of it arrives on rounded weights. And as a picture: how much each
+  block changes, and weights over the run.
 * ``log``: the one line of the log.
 """
 
@@ -29,8 +29,16 @@ ENGINES_SHOWN = {FUSE: "fused", BRANCH: "branched", HOST: "patched by the host's
 MOST_LINES = 60
 
 
-def report(name: str, applied: Applied, facts: Facts | None, shares: Shares | None, model: Any) -> str:
-    """``shares`` of ``applied`` on ``model``, where they are wanted."""
+def account(
+    name: str, applied: Applied, facts: Facts | None, model: Any, strengths: Strengths, pictured: bool, title: str = ""
+) -> tuple[str, Image.Image | None]:
+    """(report, picture); ``model`` is the MODEL before. Only a picture needs to read its weights, once."""
+    found = _shares(model, applied) if pictured and applied.adapters else None
+    text = _report(name, applied, facts, found, model)
+    return text, None if found is None else _picture(title or name, found, strengths, applied)
+
+
+def _report(name: str, applied: Applied, facts: Facts | None, shares: Shares | None, model: Any) -> str:
     lines = [_headline(name, applied), *_idle(applied)]
     if applied.words:
         lines.append(f"the CLIP now knows {', '.join(applied.words)}")
@@ -52,13 +60,13 @@ def log(name: str, applied: Applied) -> None:
         logging.info(summary(name, applied.file, " and ".join(applied.why) or "none"))
 
 
-def shares(model: Any, applied: Applied) -> Shares:
-    """How much each block of ``model``, the MODEL before, changes; scheduled strengths at their greatest."""
+def _shares(model: Any, applied: Applied) -> Shares:
+    """How much each block changes; scheduled strengths at their greatest."""
     strengths = {layer_of(key): strength.greatest for key, strength in applied.strengths.items()}
     return shares_of(model, layer_adapters(applied), lambda path: strengths[path])
 
 
-def picture(name: str, found: Shares, strengths: Strengths, applied: Applied) -> Image.Image:
+def _picture(name: str, found: Shares, strengths: Strengths, applied: Applied) -> Image.Image:
     """Bars, and below them the weights that change over the run."""
     parts = {title: schedule for title, schedule in _schedules(strengths, applied).items() if schedule.constant is None}
     bars = bar_picture(found.blocks, name, found.names)

@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from ..kernels.safetensors_io import LoraModel, load_tensors
 from ..kernels.sidecars import Facts
 from ..kernels.sides import HIGH, LOW, OTHER, Said, halves, partners, side_by_metadata, side_by_name, side_by_title
 from . import lora_cache, loras
-from .applied import log, report
+from .applied import account, log
 from .apply import Strengths, apply_lora
 from .lora_cache import Loaded
 
@@ -254,11 +256,17 @@ def state(lora_name: Any, partner: Any) -> str:
 
 
 def apply_pair(
-    models: Mapping[str, Any], clip: Any | None, choice: Choice, strengths: Mapping[str, Strengths], engine: str
-) -> tuple[dict[str, Any], Any | None, list[str], str]:
-    """(MODELs by side, CLIP, trigger words, report)."""
+    models: Mapping[str, Any],
+    clip: Any | None,
+    choice: Choice,
+    strengths: Mapping[str, Strengths],
+    engine: str,
+    pictured: bool = False,
+) -> tuple[dict[str, Any], Any | None, list[str], str, list[Image.Image | None]]:
+    """(MODELs by side, CLIP, trigger words, report, pictures)."""
     chosen = route(choice)
     lines: list[str] = []
+    pictures: list[Image.Image | None] = []
     done = dict(models)
     new_clip, owner = clip, None
     changes = False
@@ -275,10 +283,13 @@ def apply_pair(
                 lines.append(f"the CLIP has the text encoder's part of {owner.name}; that of {part.name} is left out")
         changes = changes or any(strength.schedules for strength in applied.strengths.values())
         name = f"{CALLED[side]}: {part.name}"
-        lines.append(report(f"{name} ({part.why})", applied, None, None, models[side]))
+        own = strengths[side]
+        text, image = account(f"{name} ({part.why})", applied, None, models[side], own, pictured, title=name)
+        lines.append(text)
+        pictures.append(image)
         log(name, applied)
     words = list(dict.fromkeys(word for facts in chosen.facts for word in facts.words))
     lines += next((own.course.without_effect(changes) for own in strengths.values()), [])
     lines += [*chosen.notes, *dict.fromkeys(note for facts in chosen.facts for note in facts.notes)]
     lines += [line for facts in chosen.facts if (line := facts.line())]
-    return done, new_clip, words, "\n".join(dict.fromkeys(lines))
+    return done, new_clip, words, "\n".join(dict.fromkeys(lines)), pictures

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
+from PIL import Image
 
 from ..kernels.sidecars import Facts
 from ..kernels.sides import OTHER
@@ -24,7 +25,7 @@ from ..kernels.strengths.lookup import find_name
 from ..kernels.strengths.schedule import ModelClock, Schedule, fixed
 from ..kernels.strengths.tags import Tag, canonical, parse_prompt
 from . import lora_cache, loras, pairs
-from .applied import log, report
+from .applied import account, log
 from .apply import ENGINES, HOST, Applied, Strengths, apply_lora
 from .clocks import TRAJECTORY, Course
 from .embeddings import encoders
@@ -55,6 +56,7 @@ class Prompted:
     report: str
     tags: str
     words: str
+    pictures: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def apply_prompt(
     seed: int = 0,
     force_reload: bool = False,
     side: str = "one",
+    pictured: bool = False,
 ) -> Prompted:
     """The inputs stay as they are. Raises ValueError that names the tag or the option."""
     for option, given, known in (("engine", engine, ENGINES), ("side", side, SIDES)):
@@ -136,7 +139,8 @@ def apply_prompt(
     else:
         choice = Choice(changing, numbers, course)
         entries, encoded = _encoded_often(model, clip, new_clip, text, uses, choice, begin, engine)
-    told = [_told(use, applied) for use, applied in zip(uses, done, strict=True)]
+    accounts = [_account(use, applied, model, pictured) for use, applied in zip(uses, done, strict=True)]
+    told = [text for text, _ in accounts]
     return Prompted(
         new_model,
         new_clip,
@@ -145,6 +149,7 @@ def apply_prompt(
         "\n".join([*notes, *told, *added, *filter(None, [encoded])]) or "no LoRA in this prompt",
         " ".join(map(canonical, parsed.tags)),
         ", ".join(_known_words(uses)),
+        tuple(image for _, image in accounts if image is not None),
     )
 
 
@@ -341,10 +346,11 @@ def _encode(clip: Any, text: str) -> Entries:
 # -- what is told
 
 
-def _told(use: _Use, applied: Applied) -> str:
+def _account(use: _Use, applied: Applied, model: Any, pictured: bool) -> tuple[str, Image.Image | None]:
     log(use.lora.name, applied)
-    text = report(f"{use.shown} is {use.lora.name}", applied, use.facts, None, None)
-    return "\n".join([text, *_idle(use, applied)])
+    name, title = f"{use.shown} is {use.lora.name}", use.lora.name
+    text, image = account(name, applied, use.facts, model, use.strengths, pictured, title)
+    return "\n".join([text, *_idle(use, applied)]), image
 
 
 def _idle(use: _Use, applied: Applied) -> list[str]:

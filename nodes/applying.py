@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..host import applied, lora_cache, loras
 from ..host.apply import AUTO, ENGINES, Applied, Strengths, apply_lora
 from ..host.clocks import CLOCKS, RUN, Course
+from ..host.pictures import below
 from ..kernels.strengths.components import parse_components
 from ..kernels.strengths.schedule import HOLD, INTERPOLATIONS, fixed, parse
 from .compat import build
@@ -72,10 +73,23 @@ def course(clock: str, sigmas: Any) -> Course:
     return Course(clock, () if sigmas is None else tuple(float(sigma) for sigma in sigmas.flatten().tolist()))
 
 
-def preview(picture: Any) -> Any:
-    """A picture under the node."""
-    tensor = torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255
+def preview(*pictures: Any) -> Any:
+    """Pictures under the node, one below the other; None where there is none."""
+    found = [picture for picture in pictures if picture is not None]
+    if not found:
+        return None
+    tensor = torch.from_numpy(np.array(below(found))).float()[None] / 255
     return ui.PreviewImage(tensor)
+
+
+def picture_input() -> Any:
+    return io.Boolean.Input(
+        "picture",
+        default=True,
+        optional=True,
+        tooltip="Show how much each block changes, and weights over the steps, below the node. Off saves reading the "
+        "model's weights once.",
+    )
 
 
 class LoomLoRALoaderAdvanced(io.ComfyNode):
@@ -139,13 +153,7 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
                     tooltip=f"Between the points of steps, components and blocks.\n{explained(INTERPOLATIONS)}",
                 ),
                 *clock_inputs(),
-                io.Boolean.Input(
-                    "picture",
-                    default=True,
-                    optional=True,
-                    tooltip="Show how much each block changes, and weights over the steps, below the node. Off saves "
-                    "reading the model's weights once.",
-                ),
+                picture_input(),
                 reload_input(),
             ],
             outputs=[
@@ -199,10 +207,8 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         found = found.noting(_in_vain(strengths, found, clip, interpolation))
         applied.log(loaded.name, found)
         facts = loaded.facts()
-        shares = applied.shares(model, found) if picture and found.adapters else None
-        text = applied.report(loaded.name, found, facts, shares, model)
-        shown = preview(applied.picture(loaded.name, shares, strengths, found)) if shares is not None else None
-        return io.NodeOutput(new_model, new_clip, ", ".join(facts.words), text, ui=shown)
+        text, image = applied.account(loaded.name, found, facts, model, strengths, picture)
+        return io.NodeOutput(new_model, new_clip, ", ".join(facts.words), text, ui=preview(image))
 
 
 def _in_vain(strengths: Strengths, found: Applied, clip: Any, interpolation: str) -> list[str]:

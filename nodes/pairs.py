@@ -10,7 +10,7 @@ from ..host import loras, pairs
 from ..host.apply import AUTO, Strengths
 from ..host.clocks import RUN
 from ..kernels.strengths.schedule import fixed, parse
-from .applying import clock_inputs, course, engine_input, strength
+from .applying import clock_inputs, course, engine_input, picture_input, preview, strength
 from .compat import build
 from .sockets import CATEGORY, LORA_MODEL, explained
 
@@ -80,6 +80,7 @@ class LoomLoRAPair(io.ComfyNode):
                 *clock_inputs(),
                 LORA_MODEL.Input("lora_high", optional=True, tooltip="A LoRA from this graph for high noise."),
                 LORA_MODEL.Input("lora_low", optional=True, tooltip="A LoRA from this graph for low noise."),
+                picture_input(),
             ],
             outputs=[
                 io.Model.Output("patched_high", display_name="model_high", tooltip="For high noise, with its LoRA."),
@@ -118,6 +119,7 @@ class LoomLoRAPair(io.ComfyNode):
         lora_high: Any = None,
         lora_low: Any = None,
         sigmas: Any = None,
+        picture: bool = True,
     ) -> io.NodeOutput:
         run = course(clock, sigmas)
         over_run = parse(steps, "steps") if steps.strip() else fixed(1.0)
@@ -127,5 +129,6 @@ class LoomLoRAPair(io.ComfyNode):
         }
         choice = pairs.Choice(lora_name, partner, side, lora_high, lora_low)
         models = {pairs.HIGH: model_high, pairs.LOW: model_low}
-        done, new_clip, words, report = pairs.apply_pair(models, clip, choice, strengths, engine)
-        return io.NodeOutput(done[pairs.HIGH], done[pairs.LOW], new_clip, ", ".join(words), report)
+        done, new_clip, words, report, shown = pairs.apply_pair(models, clip, choice, strengths, engine, picture)
+        both = done[pairs.HIGH], done[pairs.LOW]
+        return io.NodeOutput(*both, new_clip, ", ".join(words), report, ui=preview(*shown))

@@ -11,7 +11,7 @@ from ..host.clocks import RUN
 from ..host.prompt_lora import ALL_WORDS, SIDES, apply_prompt
 from ..host.prompt_states import prompt_state
 from ..kernels.strengths.dialects import HABITS, SDNEXT
-from .applying import clock_inputs, course, engine_input, reload_input
+from .applying import clock_inputs, course, engine_input, picture_input, preview, reload_input
 from .compat import build
 from .sockets import CATEGORY, explained
 
@@ -67,6 +67,7 @@ class LoomPromptLoRA(io.ComfyNode):
                 engine_input(),
                 *clock_inputs(),
                 reload_input(),
+                picture_input(),
             ],
             outputs=[
                 io.Model.Output("patched_model", display_name="model", tooltip="The MODEL with the LoRAs."),
@@ -109,7 +110,17 @@ class LoomPromptLoRA(io.ComfyNode):
         clock: str = RUN,
         sigmas: Any = None,
         force_reload: bool = False,
+        picture: bool = True,
     ) -> io.NodeOutput:
         run = course(clock, sigmas)
-        done = apply_prompt(model, clip, prompt, dialect, engine, run, trigger_words, seed, force_reload, side)
-        return io.NodeOutput(done.model, done.clip, done.conditioning, done.text, done.report, done.tags, done.words)
+        done = apply_prompt(model, clip, prompt, dialect, engine, run, trigger_words, seed, force_reload, side, picture)
+        return io.NodeOutput(
+            done.model,
+            done.clip,
+            done.conditioning,
+            done.text,
+            done.report,
+            done.tags,
+            done.words,
+            ui=preview(*done.pictures),
+        )

@@ -50,7 +50,7 @@ def by_host(model, lora, strength=1.0):
 
 def pair(models, choice, engine="auto", high=1.0, low=1.0, clip=None, **further):
     strengths = {side: Strengths.of(s) for side, s in ((HIGH, high), (LOW, low))}
-    return apply_pair(models, clip, choice, strengths, engine)
+    return apply_pair(models, clip, choice, strengths, engine)[:4]
 
 
 # ---------------------------------------------------------------- sides, by what there is
@@ -418,7 +418,10 @@ def test_blocks_and_steps(folder, models, tensors):
     options = dict(side="automatic", engine="auto", strength_high=1.0, strength_low=1.0, strength_clip=1.0)
     options |= dict(lora_name="cat_low.safetensors", partner=FIND)
     given = dict(model_high=models[HIGH], model_low=models[LOW], **options)
-    high, low, clip, words, report = LoomLoRAPair.execute(**given, blocks="blocks.0=0", steps="1@1,0@2").args
+    done = LoomLoRAPair.execute(**given, blocks="blocks.0=0", steps="1@1,0@2")
+    high, low, clip, words, report = done.args
+    assert len(done.ui.as_dict()["images"]) == 1 and report.count("change of the weights") == 2
+    assert LoomLoRAPair.execute(**given, picture=False).ui is None
     assert clip is None and words == "" and report.count("branched: strengths change over the run") == 2
     from lora_loom.host.apply import apply_lora
 

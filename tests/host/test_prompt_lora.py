@@ -65,6 +65,16 @@ def test_the_node_does_what_loader_and_encoder_do(sd15, folder, engine):
     assert done.report.startswith("<lora:cat> is cat.safetensors: ") and "weights of the MODEL at 0.7" in done.report
 
 
+def test_a_picture_for_every_lora(folder):
+    model, clip = two_loras(folder)
+    text = "a chair <lora:cat:0.7:in=0@1,1@6> <lora:van gogh:unet=0:te=1>"
+    done = prompted(model, clip, text, pictured=True)
+    assert len(done.pictures) == 2 and done.report.count("strongest") == 1
+    assert done.pictures[0].height > done.pictures[1].height + 100  # with the weights over the run
+    plain = prompted(model, clip, text)
+    assert not plain.pictures and "strongest" not in plain.report
+
+
 def test_a_prompt_without_tags(sd15):
     model, clip = sd15
     done = prompted(model, clip, TEXT)
