@@ -10,7 +10,8 @@ every linear layer and convolution, kept in fp16. The unit is a *forward*: one s
 * load and place: a file to patches on a clone, read anew each time;
 * memory: what stays beside the model's own weights.
 
-All in one process, taking turns; every ratio is taken within one round. Times are process CPU.
+All in one process, taking turns; every ratio is taken within one round, per step against a run without LoRA directly
+before. "no LoRA" has such a ratio too: what it differs from 1 is noise. Times are process CPU.
 
     python bench/apply.py --repeats 7 --host /path/to/ComfyUI
 """
@@ -18,6 +19,7 @@ All in one process, taking turns; every ratio is taken within one round. Times a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -37,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=96)
     parser.add_argument("--latent", type=int, default=24)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=4, help="of each run; the first one is not counted")
+    parser.add_argument("--steps", type=int, default=6, help="of each run; the first one is not counted")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--host", default="", help="a ComfyUI folder; default: COMFYUI_DIR, or what `make setup` wrote")
@@ -138,7 +140,7 @@ def hooked(base: Any, conds: Conds) -> tuple[Any, Conds]:
 
 
 def run(model: Any, conds: Conds) -> float:
-    """CPU seconds of all steps but the first."""
+    """CPU seconds of a step: the median of all but the first."""
     latent = torch.zeros(1, 4, OPTIONS.latent, OPTIONS.latent)
     noise = comfy.sample.prepare_noise(latent, 3)
     marks: list[float] = []
@@ -147,19 +149,20 @@ def run(model: Any, conds: Conds) -> float:
         model, noise, *how, *conds, latent, seed=3, disable_pbar=True,
         callback=lambda *_: marks.append(time.process_time()),
     )  # fmt: skip
-    return marks[-1] - marks[0]
+    return statistics.median(end - begin for begin, end in itertools.pairwise(marks))
 
 
 def per_step(found: dict[str, tuple[Any, Conds]]) -> dict[str, dict]:
     seconds: dict[str, list[float]] = {name: [] for name in found}
+    units: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(OPTIONS.repeats + 1):
-        names = list(found)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            spent = run(*found[name]) / (OPTIONS.steps - 1)
+        for name, contestant in found.items():
+            unit, spent = run(*found["no LoRA"]), run(*contestant)
             if turn:
+                units[name].append(unit)
                 seconds[name].append(spent)
         print(f"round {turn} of {OPTIONS.repeats}" if turn else "warm-up", file=sys.stderr, flush=True)
-    return {name: summary(spent, seconds["no LoRA"]) for name, spent in seconds.items()}
+    return {name: summary(spent, units[name]) for name, spent in seconds.items()}
 
 
 def summary(spent: list[float], unit: list[float]) -> dict:
@@ -183,7 +186,7 @@ def changes(base: Any, conds: Conds) -> dict[str, dict]:
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     units: list[float] = []
     for turn in range(OPTIONS.repeats):
-        units.append(run(base, conds) / (OPTIONS.steps - 1))
+        units.append(run(base, conds))
         for name, make in makers.items():
             run(make(0.9), conds)
             begun = time.process_time()
