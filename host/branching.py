@@ -107,10 +107,10 @@ class _Layer(HostLayer):
     def hung_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._below:  # what was hung there meanwhile calls us: it found us there before
             return type(self.module).forward(self.module, x, *args, **kwargs)
-        if not (self.acting and any(self.branch.strengths)):  # somebody may keep this longer than the call
+        if not (self.acting and self.branch.acts):  # somebody may keep this longer than the call
             return self._forward_below(x, *args, **kwargs)
-        if not self.had_own_forward and self._resident(x) and self.branch.prefers_weight(x):
-            return self.branch.on_weight(x, self)
+        if not self.had_own_forward and self.branch.prefers_weight(x) and self._resident(x):
+            return self.branch.on_weight(x, self.module.weight, self.module.bias)
         return self.branch(x, self._forward_below(x, *args, **kwargs), self)
 
     def _forward_below(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

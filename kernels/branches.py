@@ -131,16 +131,21 @@ class LayerBranch:
                 else:
                     self._pairs.append(pair)
         self._pairs.sort(key=lambda pair: pair.rows or (0, 0))
+        self._sizes = self._product_sizes()
         self._down: Tensor | None = None
         self._groups: list[_Group] = []
         self._place: tuple[torch.device, torch.dtype] | None = None
+        self.acts = False  # whether any strength is other than 0
+        self._acting: list[tuple[float, Adapter]] = []  # of the others
+        self._multiplies = False  # whether any of the pairs does
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Stack the factors on ``device``, for inputs of ``dtype``; a single pair stays the very tensors it was."""
         self._others = [(number, adapter.to(device)) for number, adapter in self._others]
         self._down, self._groups = None, []
         if self._pairs:
-            self._down = _joined([pair.lora.down for pair in self._pairs], 0, device, dtype)
+            down = _joined([pair.lora.down for pair in self._pairs], 0, device, dtype)
+            self._down = down.flatten(1) if self.geometry is None else down
             start = 0
             for rows in dict.fromkeys(pair.rows for pair in self._pairs):
                 own = [pair for pair in self._pairs if pair.rows == rows]
@@ -154,6 +159,9 @@ class LayerBranch:
     def set(self, strengths: tuple[float, ...], vectors: Vectors) -> None:
         """From now on the adapters act at ``strengths``, in their order; ``vectors`` are shared with other layers."""
         self.strengths = strengths
+        self.acts = any(strengths)
+        self._acting = [(strengths[number], adapter) for number, adapter in self._others if strengths[number]]
+        self._multiplies = any(strengths[pair.part] for pair in self._pairs)
         for group in self._groups:
             factors = [strengths[part] * scale for part, _, scale in group.members]
             group.factor, group.vector = factors[0], None
@@ -176,56 +184,63 @@ class LayerBranch:
         if self._place != (x.device, x.dtype):
             self.prepare(x.device, x.dtype)
         y = base_out
-        acting = [(number, adapter) for number, adapter in self._others if self.strengths[number]]
-        for number, adapter in acting:  # all of them see what the layer gives without any
-            y = y + self.strengths[number] * adapter.contribution(x, base_out, layer)
-        if self._down is None or not any(self.strengths[pair.part] for pair in self._pairs):
+        for strength, adapter in self._acting:  # all of them see what the layer gives without any
+            y = y + strength * adapter.contribution(x, base_out, layer)
+        if not self._multiplies:
             return y
-        if torch.is_grad_enabled() and y is base_out:
+        if y is base_out and torch.is_grad_enabled():
             y = y.clone()
-        return self._add_products(x, y, self._down.to(x.dtype))
+        return self._add_products(x, y)
+
+    def _product_sizes(self) -> tuple[int, int, int, int] | None:
+        """(Σ ranks, inputs · kernel, outputs, numbers of the input per position); None where there is more than pairs
+        of factors, or it is not known."""
+        if self._others or not self._pairs:
+            return None
+        shape = self._pairs[0].lora.shape if self._pairs[0].rows is None else self.adapters[0].shape
+        if shape is None:
+            return None
+        rank, stride = sum(pair.lora.rank for pair in self._pairs), 1
+        if self.geometry is not None:
+            stride = math.prod(self.geometry.stride)
+        return rank, math.prod(shape[1:]), shape[0], shape[1] * stride
 
     def prefers_weight(self, x: Tensor) -> bool:
         """Whether ``on_weight`` is cheaper than what this adds to an output, and as exact: many positions, few outputs.
 
         In half precision the moved weight would round the difference away.
         """
-        if self._others or not self._pairs or x.dtype not in (torch.float32, torch.float64):
+        if self._sizes is None or x.dtype not in (torch.float32, torch.float64):
             return False
-        shape = self._pairs[0].lora.shape if self._pairs[0].rows is None else self.adapters[0].shape
-        if shape is None:
-            return False
-        rank, inner = sum(pair.lora.rank for pair in self._pairs), math.prod(shape[1:])
-        positions = x.numel() // shape[1]
-        if self.geometry is not None:
-            positions //= math.prod(self.geometry.stride)
-        return (rank + PASSES) * inner * shape[0] < positions * rank * (inner + shape[0])
+        rank, inner, outer, numbers = self._sizes
+        return (rank + PASSES) * inner * outer < x.numel() // numbers * rank * (inner + outer)
 
-    def on_weight(self, x: Tensor, layer: FrozenLayer) -> Tensor:
-        """The layer's output with the adapters, by a weight W + Σ s ΔW that lives as long as the product."""
+    def on_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output with the adapters of a layer with ``weight`` and ``bias``, in the dtype of ``x``, by a weight
+        W + Σ s ΔW that lives as long as the product."""
         if self._place != (x.device, x.dtype):
             self.prepare(x.device, x.dtype)
         down = self._down
         assert down is not None
-        with layer.weight(x) as weight:
-            moved = weight
-            for group in self._groups:
-                up, own = group.up.to(x.dtype), down[group.start : group.end].flatten(1).to(x.dtype)
-                if group.vector is not None:
-                    up = up * group.vector
-                alpha = group.factor if group.vector is None else 1.0
-                if moved is weight and group.rows is None:
-                    moved = torch.addmm(weight.flatten(1), up, own, alpha=alpha).view(weight.shape)
-                else:
-                    moved = weight.clone() if moved is weight else moved
-                    _rows(moved.view(len(moved), -1), group.rows, 0).addmm_(up, own, alpha=alpha)
-        bias = layer.bias(x)
+        moved = weight
+        for group in self._groups:
+            up, own = group.up.to(x.dtype), down[group.start : group.end].flatten(1).to(x.dtype)
+            if group.vector is not None:
+                up = up * group.vector
+            alpha = group.factor if group.vector is None else 1.0
+            if moved is weight and group.rows is None:
+                moved = torch.addmm(weight.flatten(1), up, own, alpha=alpha).view(weight.shape)
+            else:
+                moved = weight.clone() if moved is weight else moved
+                _rows(moved.view(len(moved), -1), group.rows, 0).addmm_(up, own, alpha=alpha)
         if self.geometry is None:
             return torch.nn.functional.linear(x, moved, bias)
         y = convolve(x, moved, self.geometry)
         return y if bias is None else y.add_(per_channel(bias, self.geometry))
 
-    def _add_products(self, x: Tensor, y: Tensor, down: Tensor) -> Tensor:
+    def _add_products(self, x: Tensor, y: Tensor) -> Tensor:
+        assert self._down is not None
+        down = self._down.to(x.dtype)
         if self.geometry is not None:
             hidden = convolve(x, down, self.geometry)
             for group in self._groups:
@@ -233,7 +248,7 @@ class LayerBranch:
                 scale = group.factor if group.vector is None else per_channel(group.vector, self.geometry)
                 add_pointwise(_rows(y, group.rows, 1), group.up.to(x.dtype), (own * scale).to(x.dtype))
             return y
-        hidden = x.reshape(-1, x.shape[-1]) @ down.flatten(1).T
+        hidden = torch.nn.functional.linear(x, down).reshape(-1, len(down))
         flat = y.view(-1, y.shape[-1]) if y.is_contiguous() else y.reshape(-1, y.shape[-1])
         for group in self._groups:
             own, alpha = hidden, group.factor
