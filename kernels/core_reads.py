@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from .lokr import W2 as LOKR_W2
 from .lokr import W2_A as LOKR_W2_A
 from .lokr import W2_B as LOKR_W2_B
 from .lora import DOWN, MID, UP, LoRA
+from .low_rank import LowRank, as_lora, whole
 from .oftv2 import OFTv2
 from .reading import LoRAFile
 from .rotations import OutputRotation
@@ -189,35 +189,10 @@ def _widened(tensor: Tensor, dimension: int) -> Tensor:
 def _difference(adapter: Adapter, weight: Tensor) -> tuple[Adapter, float]:
     """(a LoRA of its rank where that is small, else the difference itself; the relative error)."""
     delta = adapter.difference(weight).detach()
-    found = _low_rank(delta.flatten(1))
+    matrix = delta.double().flatten(1)
+    found = whole(matrix, RANKS, EXACT / 2)
     if found is None:
         return Full({"diff": delta.float()}, delta.shape), 0.0
-    up, down, error = found
-    outputs, inputs, *kernel = delta.shape
-    rank = len(down)
-    return LoRA(down.view(rank, inputs, *kernel), up.view(outputs, rank, *(1 for _ in kernel)), rank), error
-
-
-def _low_rank(matrix: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """(up, down, relative error) of the smallest rank up to ``RANKS`` that is all of ``matrix``; None if none is.
-
-    From a product with random vectors, which spans whatever of a low rank there is (Halko et al. 2011,
-    arXiv:0909.4061).
-    """
-    matrix = matrix.double()
-    whole = matrix.norm().item()
-    outputs, inputs = matrix.shape
-    most = min(RANKS, math.ceil(outputs * inputs / (outputs + inputs)) - 1)  # more would be larger than the matrix
-    if not whole or most < 1:
-        return None
-    draws = torch.randn(inputs, most, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    basis = torch.linalg.qr(matrix @ draws.to(matrix.device))[0]
-    u, values, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    beyond = (matrix - basis @ (basis.T @ matrix)).norm().item()
-    tails = values.square().flip(0).cumsum(0).flip(0).sqrt()  # what is lost from each rank on
-    rank = int((tails > EXACT / 2 * whole).sum())
-    if beyond > EXACT / 2 * whole or rank < 1:
-        return None
-    up, down = (basis @ u[:, :rank] * values[:rank]).float(), v[:rank].float()
-    error = (matrix - up.double() @ down.double()).norm().item() / whole
-    return up.contiguous(), down.contiguous(), error
+    small = LowRank(found.up.float(), found.down.float())
+    error = (matrix - small.up.double() @ small.down.double()).norm().item() / matrix.norm().item()
+    return as_lora(small, delta.shape), error

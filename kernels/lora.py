@@ -110,11 +110,11 @@ class LoRA(Additive):
     def delta(self) -> Tensor:
         """ΔW (out, in, *kernel) = (alpha / rank) · up · down."""
         assert self.shape is not None
-        up, down = self._matrices()
+        up, down = self.matrices()
         return (self.scale * up @ down).view(self.shape)
 
-    def _matrices(self) -> tuple[Tensor, Tensor]:
-        """(out, rank), (rank, in · kernel)."""
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """up (out, rank), down (rank, in · kernel) with its core in it, without scale; float32 or wider."""
         up, down = wide(self.up).flatten(1), wide(self.down).flatten(1)
         if self.mid is not None:
             down = torch.einsum("pq...,qi->pi...", wide(self.mid), down).flatten(1)
@@ -124,7 +124,7 @@ class LoRA(Additive):
         """One product into the weight where it lies."""
         if not weight.is_contiguous():
             return super().added_to(weight, strength)
-        up, down = (factor.to(weight.device, weight.dtype) for factor in self._matrices())
+        up, down = (factor.to(weight.device, weight.dtype) for factor in self.matrices())
         weight.view(len(weight), -1).addmm_(up, down, alpha=strength * self.scale)
         return weight
 
@@ -137,7 +137,7 @@ class LoRA(Additive):
 
     def moved_rows(self, weight: Tensor) -> Iterator[Tensor]:
         """A piece at a time stays in the processor's cache: several times faster than the whole at once."""
-        up, down = self._matrices()
+        up, down = self.matrices()
         dtype = torch.promote_types(weight.dtype, up.dtype)
         up, down = up.to(weight.device, dtype), down.to(weight.device, dtype)
         rows = max(1, (1 << 19 if weight.device.type == "cpu" else 1 << 26) // down.shape[1])
