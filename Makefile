@@ -31,6 +31,7 @@ bench: setup
 	$(RUN) bench/train_step.py
 	$(RUN) bench/data.py
 	$(RUN) bench/apply.py
+	$(RUN) bench/tools.py
 	$(RUN) bench/quality.py --steps 100 --grid 5
 
 soak: setup

@@ -2,6 +2,7 @@
 
 * ``blocks_of_file``: the blocks that a file has layers in, in the model's order, with the ids and groups that
   ``blocks.block_map`` finds on the model. ``block_names.resolve`` and the vectors of block weights take them.
+* ``block_of_layers``: the block that each layer of a file is in.
 * ``GROUPS``: the stacks of blocks of every family that has names of its own, in the order of its models.
 
 Which family a file is for is told as in ``architectures``, and where several have layers of such names, by how many of
@@ -117,19 +118,12 @@ def blocks_of_file(
     ``architecture``: the family, as ``LoRAFile.architecture`` calls it, where it is known. Blocks of a family without
     a table are not found. The parameters of the blocks are layers of the file, by their canonical paths in UNets.
     """
-    keys = list(names)
-    known = set(keys)
-    layers = dict.fromkeys(split(key, known).name for key in keys)
-    flat = {_flat(name): name for name in layers if not in_text_encoder(name)}
-    family = architecture or _family(flat, metadata or {})
-    if family not in GROUPS:
+    family, places = _places(names, metadata or {}, architecture)
+    if family is None:
         return []
-    table = _unet(flat) if GROUPS[family] is _UNET else _known(family)
     inside: dict[str, list[str]] = {}
-    for short in flat:
-        place = table.place(short)
-        if place is not None:
-            inside.setdefault(place[0], []).append(f"{MODEL_PREFIX}{place[1]}.weight")
+    for identifier, path in dict.fromkeys(places.values()):
+        inside.setdefault(identifier, []).append(f"{MODEL_PREFIX}{path}.weight")
     blocks = [_block(identifier, parameters) for identifier, parameters in inside.items()]
     order = [group.replace("#", "") for group in GROUPS[family]]
 
@@ -138,6 +132,30 @@ def blocks_of_file(
         return order.index(group), *map(int, re.findall(r"\d+", block.id))
 
     return sorted(blocks, key=place_of)
+
+
+def block_of_layers(
+    names: Iterable[str], metadata: Mapping[str, str] | None = None, architecture: str | None = None
+) -> dict[str, str]:
+    """Layer, by its name in the file → id of its block; without those that are in none."""
+    return {name: block for name, (block, _) in _places(names, metadata or {}, architecture)[1].items()}
+
+
+def _places(
+    names: Iterable[str], metadata: Mapping[str, str], architecture: str | None
+) -> tuple[str | None, dict[str, tuple[str, str]]]:
+    """(the family, None where it has no table; layer by its name in the file → its block, its path)."""
+    keys = list(names)
+    known = set(keys)
+    layers = dict.fromkeys(split(key, known).name for key in keys)
+    flat = {name: _flat(name) for name in layers if not in_text_encoder(name)}
+    by_flat = {short: name for name, short in flat.items()}
+    family = architecture or _family(by_flat, metadata)
+    if family not in GROUPS:
+        return None, {}
+    table = _unet(by_flat) if GROUPS[family] is _UNET else _known(family)
+    found = ((name, table.place(short)) for name, short in flat.items())
+    return family, {name: place for name, place in found if place is not None}
 
 
 def _flat(name: str) -> str:

@@ -2,6 +2,7 @@
 
 * ``LoraModel``: a dict of plain tensors that carries its metadata; what travels between nodes.
 * ``load_tensors`` and ``save_tensors``: the whole file into memory, and one atomic replacement of the file.
+* ``TensorFile``: the tensors of a large file one by one.
 * ``read_metadata``: the header alone, for listings.
 * ``tensor_hashes``: the hashes by which an adapter is known.
 
@@ -70,12 +71,34 @@ def load_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> LoraModel:
         model = LoraModel({}, _metadata_in(header, path.name))
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            content = torch.empty(end - begin, dtype=torch.uint8)  # of its own: one may be kept and the rest not
-            if file.readinto(memoryview(content.numpy())) != end - begin:  # type: ignore[arg-type]
-                raise ValueError(f"{path.name}: became shorter while it was read; get or save the file again")
-            model[name] = content.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+            model[name] = _read(file, entry, path)
     return model
+
+
+class TensorFile:
+    """A .safetensors file whose tensors are read one at a time; it is open, and never mapped, while one is read.
+
+    ``shapes`` and ``dtypes`` by name, ``metadata``. Raises ValueError naming the file, also where it has changed since.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = checked_path(path)
+        with open(self.path, "rb") as file:
+            header = _header_of(file, self.path)
+            self._data, self._state = file.tell(), _state(file)
+        self.metadata = _metadata_in(header, self.path.name)
+        header.pop("__metadata__", None)
+        self._entries = header
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: _DTYPES[entry["dtype"]] for name, entry in header.items()}
+
+    def read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        with open(self.path, "rb") as file:
+            if _state(file) != self._state:
+                raise ValueError(f"{self.path.name}: was changed while it was read; begin again")
+            file.seek(self._data + entry["data_offsets"][0])
+            return _read(file, entry, self.path)
 
 
 def save_tensors(
@@ -148,6 +171,21 @@ def checked_path(path: str | os.PathLike) -> Path:
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path.name}: only .safetensors files are read and written; convert it to one first")
     return path
+
+
+def _read(file: BinaryIO, entry: Mapping, path: Path) -> Tensor:
+    """The tensor of a header's entry, at whose data the ``file`` stands."""
+    begin, end = entry["data_offsets"]
+    content = torch.empty(end - begin, dtype=torch.uint8)  # of its own: one may be kept and the rest not
+    if file.readinto(memoryview(content.numpy())) != end - begin:  # type: ignore
+        raise ValueError(f"{path.name}: became shorter while it was read; get or save the file again")
+    return content.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """Equal while the file is the same."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _header_of(file: BinaryIO, path: Path) -> dict:

@@ -1,0 +1,66 @@
+"""From what a tool made to what is written: precision, and what the file says of itself.
+
+* ``finished``: the file in a precision, its metadata with parents, options and retained energy; notes.
+* ``PRECISIONS``: what can be chosen; ``digest``: what tensors are, whoever holds them, for ``Parent``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from ..reading import LoRAFile
+from .convert import PRECISIONS as _DTYPES
+from .convert import in_precision
+from .outcome import Outcome
+from .provenance import Parent, with_parents
+
+AS_GIVEN = "as given"
+PRECISIONS = {
+    AS_GIVEN: "that of what goes in, the widest of it",
+    "float32": "exact, twice as large as the others",
+    "float16": "eleven bits, up to 65504; what other trainers and loaders use most",
+    "bfloat16": "eight bits, never overflows",
+}
+
+
+def finished(
+    outcome: Outcome,
+    tool: str,
+    parents: Sequence[Parent],
+    options: Mapping[str, object],
+    precision: str = AS_GIVEN,
+    given: torch.dtype | None = None,
+) -> tuple[LoRAFile, list[str]]:
+    """(what is to be written, what there is to say of it). ``given``: what ``AS_GIVEN`` is; None leaves all numbers."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {str(precision)[:60]!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    dtype = given if precision == AS_GIVEN else _DTYPES[precision]
+    file, notes = (outcome.file, []) if dtype is None else in_precision(outcome.file, dtype)
+    told = {key: value for key, value in options.items() if value not in (None, "")}
+    metadata = with_parents(file.metadata, tool, parents, told, replace(outcome, file=file))
+    return replace(file, metadata=metadata), notes
+
+
+def precision_of(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The widest that LoRAs are written in of what floating numbers there are; None without any."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    if not dtypes:
+        return None
+    widest = reduce(torch.promote_types, (dtype if dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes))
+    return widest if widest in _DTYPES.values() else torch.float32
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and numbers; the same however they are stored."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        plain = tensor.detach().cpu().contiguous()
+        found.update(memoryview(plain.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return found.hexdigest()
