@@ -125,7 +125,7 @@ def shares_of(patcher: Any, adapters: Mapping[str, Adapter], factor: Callable[[s
         layers.append(LayerShare(path, name, role, change, factor(path), norm.value, norm.error, zero))
     order = {block.id: number for number, block in enumerate(blocks)}
     layers.sort(key=lambda layer: order.get(layer.block, -1))
-    names = _short_names(blocks, {layer.block for layer in layers})
+    names = short_names(blocks, {layer.block for layer in layers})
     return Shares(tuple(layers), len(adapters) - len(affordable), unreadable, names)
 
 
@@ -227,7 +227,7 @@ def percent(share: float) -> str:
     return f"{share * 100:.{digits}f} %"
 
 
-def _short_names(blocks: Sequence[Block], wanted: Iterable[str]) -> dict[str, str]:
+def short_names(blocks: Sequence[Block], wanted: Iterable[str]) -> dict[str, str]:
     """id → the shortest name that means just this block; "double.3" for "double_blocks.3"."""
     names = {BASE: BASE}
     groups: dict[str, str] = {}

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -46,9 +46,15 @@ def _font(size: int) -> Font:
 # -- bars
 
 
-def bar_picture(shares: Sequence[BlockShare], title: str, names: Mapping[str, str] | None = None) -> Image.Image:
+def bar_picture(
+    shares: Sequence[BlockShare],
+    title: str,
+    names: Mapping[str, str] | None = None,
+    what: str = "|dW| / |W| by block",
+    number: Callable[[float], str] = percent,
+) -> Image.Image:
     """``names``: id of a block → what to call it, as ``diagnosis.Shares`` has them. Shares that are no numbers, and
-    those of weights that are zero, are left to the words."""
+    those of weights that are zero, are left to the words. ``what`` is drawn, and how its numbers are written."""
     known = [block for block in shares if math.isfinite(block.share)]
     shown = [block.share for block in known if block.share > 0]
     row = _Row(known)
@@ -64,15 +70,14 @@ def bar_picture(shares: Sequence[BlockShare], title: str, names: Mapping[str, st
         return image
     scale = _Scale(min(shown), max(shown))
     for value in scale.ticks:
-        _draw_tick(draw, bottom - scale.part(value) * _PLOT, percent(value), row.width)
+        _draw_tick(draw, bottom - scale.part(value) * _PLOT, number(value), row.width)
     tops = [bottom - max(1.0, scale.part(block.share) * _PLOT if block.share else 0) for block in known]
     for block, x, y in zip(known, row.places, tops, strict=True):
         draw.rectangle((x, y, x + row.bar, bottom), row.colours[_group(block)])
     draw.line((_LEFT, bottom, row.width - _MARGIN, bottom), FAINT)
     _draw_numbers(draw, known, row, bottom)
-    _draw_values(draw, known, names or {}, row, tops)
-    what = "|dW| / |W| by block" + (", logarithmic" if scale.logarithmic else "")
-    draw.text((_MARGIN, bottom + 40), what, FAINT, _font(12), "ls")
+    _draw_values(draw, known, names or {}, row, tops, number)
+    draw.text((_MARGIN, bottom + 40), what + (", logarithmic" if scale.logarithmic else ""), FAINT, _font(12), "ls")
     return image
 
 
@@ -150,7 +155,12 @@ def _draw_numbers(draw: ImageDraw.ImageDraw, blocks: Sequence[BlockShare], row: 
 
 
 def _draw_values(
-    draw: ImageDraw.ImageDraw, blocks: Sequence[BlockShare], names: Mapping[str, str], row: _Row, tops: Sequence[float]
+    draw: ImageDraw.ImageDraw,
+    blocks: Sequence[BlockShare],
+    names: Mapping[str, str],
+    row: _Row,
+    tops: Sequence[float],
+    number: Callable[[float], str],
 ) -> None:
     """Names and numbers of the strongest and the weakest block, of all where there are few; over what is below them,
     with a line down to the bar."""
@@ -159,7 +169,7 @@ def _draw_values(
     taken: list[tuple[float, float, float]] = []
     for place in changed if len(changed) <= FEW else dict.fromkeys((changed[0], changed[-1])):
         block = blocks[place]
-        text = f"{names.get(block.block, block.block)}  {percent(block.share)}"
+        text = f"{names.get(block.block, block.block)}  {number(block.share)}"
         half = font.getlength(text) / 2 + 5
         middle = row.places[place] + row.bar / 2
         x = min(max(middle, _LEFT + half), row.width - _MARGIN - half)

@@ -1,6 +1,8 @@
 """A LORA_MODEL to a file: in which names, and whether ComfyUI's own loaders read it as it was trained.
 
 * ``save``: write it, and tell what was done or what those loaders misread.
+* ``whole_file``: all of a LORA_MODEL as adapters; ``weights_of``: the weights of the connected models, for those that
+  depend on them.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ def save(lora: LoraModel, place: Path, form: str, for_core: str, model: Any, cli
             f"format is {form!r}: connect the MODEL that the LoRA is for (and the CLIP, where it was trained too): "
             "only they tell what their layers are called there"
         )
-    file = _read(lora, model, clip)
+    file = whole_file(lora, model, clip)
     notes: list[str] = []
     if for_core == PLAIN:
-        file, notes = rewritten(file, _weights(model, clip))
+        file, notes = rewritten(file, weights_of(model, clip))
         if form == AS_IT_IS and not notes:
             return save_tensors(lora, place), []
     else:
@@ -63,7 +65,7 @@ def save(lora: LoraModel, place: Path, form: str, for_core: str, model: Any, cli
         raise ValueError(f"format is {form!r}: {error}") from error
 
 
-def _read(lora: LoraModel, model: Any, clip: Any) -> LoRAFile:
+def whole_file(lora: LoraModel, model: Any, clip: Any) -> LoRAFile:
     """All of it, by the connected models' own names where there are any."""
     trees = [tree for tree in (model and model.model, clip and clip.cond_stage_model) if tree is not None]
     shapes = {path: shape for tree in trees for path, shape in layer_shapes(tree).items()}
@@ -77,7 +79,7 @@ def _read(lora: LoraModel, model: Any, clip: Any) -> LoRAFile:
     return replace(file, metadata=dict(file.metadata))
 
 
-def _weights(model: Any, clip: Any) -> Callable[[str], Tensor] | None:
+def weights_of(model: Any, clip: Any) -> Callable[[str], Tensor] | None:
     """path → weight, as the connected models have it."""
     if model is None:
         return None

@@ -10,6 +10,7 @@ from .dataset_check import LoomContactSheet, LoomDatasetLint
 from .dataset_exchange import LoomDatasetToGraph, LoomDatasetToTOML, LoomDatasetUpdate
 from .dataset_settings import LoomCaptionSettings, LoomConceptSettings, LoomImageSettings
 from .files import LoomLoadLoRA, LoomSaveLoRA
+from .merging import LoomBakeApplied, LoomMergeLoRA
 from .pairs import LoomLoRAPair
 from .presets import LoomSavePreset
 from .prompting import LoomPromptLoRA
@@ -21,6 +22,7 @@ from .settings import (
     LoomPreviewSettings,
     LoomRunSettings,
 )
+from .tools import LoomConvertLoRA, LoomExtractLoRA, LoomInspectLoRA, LoomResizeLoRA
 from .training import LoomLoRATrainer
 
 NODES: list[type[io.ComfyNode]] = [
@@ -49,6 +51,12 @@ NODES: list[type[io.ComfyNode]] = [
     LoomLoRAPair,
     LoomPromptLoRA,
     LoomBlockAnalyser,
+    LoomMergeLoRA,
+    LoomBakeApplied,
+    LoomExtractLoRA,
+    LoomResizeLoRA,
+    LoomConvertLoRA,
+    LoomInspectLoRA,
 ]
 
 

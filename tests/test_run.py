@@ -32,8 +32,8 @@ def test_inspect_from_a_folder_of_any_name(tmp_path):
     save_tensors(LoraModel(to_state_dict({"a.b": adapter}, lambda path: path)), file, {"modelspec.title": "one"})
     result = run(folder, "inspect", str(file))
     assert result.returncode == 0, result.stderr
-    assert "1 layers of rank 3" in result.stdout
-    assert "title: one" in result.stdout
+    assert "1 layers: LoRA; rank 3" in result.stdout
+    assert "title one" in result.stdout
 
 
 def test_inspect_names_the_file_it_cannot_read(tmp_path):

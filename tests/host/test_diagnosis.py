@@ -342,7 +342,7 @@ def test_percent(share, text):
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "hunyuan_video", "lumina2", "wan_14b"])
 def test_names_mean_the_blocks_they_stand_for(name):
     blocks = block_map(full_size(name))
-    names = diagnosis._short_names(blocks, {block.id for block in blocks})
+    names = diagnosis.short_names(blocks, {block.id for block in blocks})
     assert all(resolve(called, blocks) == {block} for block, called in names.items())
     if name == "flux":
         assert names["double_blocks.3"] == "double.3"

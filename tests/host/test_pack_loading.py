@@ -40,6 +40,12 @@ NODES = {  # the public contract, as far as it exists
     "LoomPromptLoRA",
     "LoomLoRAPair",
     "LoomBlockAnalyser",
+    "LoomMergeLoRA",
+    "LoomBakeApplied",
+    "LoomExtractLoRA",
+    "LoomResizeLoRA",
+    "LoomConvertLoRA",
+    "LoomInspectLoRA",
 }
 SECONDS = 0.5  # what importing the pack may cost at every start but the first, which also compiles it
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
