@@ -32,6 +32,7 @@ from . import branching, exporting, lora_cache
 from .diagnosis import BlockShare
 from .identify import architecture
 from .pictures import bar_picture, below
+from .progress import Progress
 from .saving import AS_IT_IS, FORMATS
 from .targets import names_of, parameters_of
 from .tooling import Places, base_weights, effective_reader, energy_picture, gather, lora_model, named, ticking
@@ -242,7 +243,9 @@ def inspect_lora(
         bar_picture(rows, loaded.name, what="|dW| by block", number=lambda value: f"{value:.3g}"),
         bar_picture(ranks, "", what="effective rank by block", number=lambda value: f"{value:.1f}"),
     ]
-    return Inspected(found.text(), found.to_json(), below(pictures))
+    text = found.text()
+    Progress(1, node_id).tell(text, now=True)
+    return Inspected(text, found.to_json(), below(pictures))
 
 
 def _or_nan(value: float | None) -> float:
