@@ -6,7 +6,7 @@ every linear layer and convolution, kept in fp16. The unit is a *forward*: one s
 * per step: the host's patched weights, its hooks with a keyframe at every step, its bypass loader (newer hosts); ours
   fused, branched, branched with a strength that changes at every step, and four such LoRAs. Loading is not counted;
 * change of strength: everything between the node's execute() and the first call of the model: the host's loader node
-  and its loading, ours with both engines;
+  and its loading, ours with both engines; "nothing" is what the sampler itself does until then;
 * load and place: a file to patches on a clone, read anew each time;
 * memory: what stays beside the model's own weights.
 
@@ -182,7 +182,12 @@ def changes(base: Any, conds: Conds) -> dict[str, dict]:
 
         return change
 
-    makers = {"host, patched": by_host, "ours, fused": by_us(FUSE), "ours, branched": by_us(BRANCH)}
+    makers = {
+        "nothing": lambda strength: base,
+        "host, patched": by_host,
+        "ours, fused": by_us(FUSE),
+        "ours, branched": by_us(BRANCH),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     units: list[float] = []
     for turn in range(OPTIONS.repeats):
