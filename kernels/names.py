@@ -198,9 +198,8 @@ def layer_shapes(module_tree: nn.Module) -> dict[str, tuple[int, ...]]:
             linear = hasattr(module, "in_features") and hasattr(module, "out_features")
             shape = (module.out_features, module.in_features) if linear else tuple(weight.shape)
             shapes[prefix + name] = shape
-        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        for key, value in own.items():
-            if key != "weight":
+        for key, value in (*module._parameters.items(), *module._buffers.items()):  # named_… take longer than the rest
+            if key != "weight" and value is not None:
                 shapes[prefix + ".".join(filter(None, (name, key)))] = tuple(value.shape)
     return shapes
 
