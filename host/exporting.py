@@ -26,21 +26,23 @@ from ..kernels.branches import can_branch, fused, fused_bias, needs_weight
 from ..kernels.compose import Sliced, Sum, Swapped
 from ..kernels.full import WEIGHTS, Full
 from ..kernels.lora import DOWN, MID, UP, LoRA
-from ..kernels.low_rank import Cut, as_lora, remainder, truncated
+from ..kernels.low_rank import Cut, as_lora, distance, truncated
 from ..kernels.names import NameTable
 from ..kernels.reading import LoRAFile
 from ..kernels.tools.merge import Ingredient, merge
 from ..kernels.tools.outcome import LayerOutcome, Outcome
 from . import branching
+from .effective import applied_patches, base_reader
 from .embeddings import encoders
-from .fusing import FusedPatch, OnUse
+from .fusing import KEY, FusedPatch, OnUse
 from .identify import architecture
-from .layers import parameter_reader
 from .originals import Originals
-from .targets import names_of
+from .targets import names_of, parameters_of
 
 Parts = list[tuple[Adapter, float]]
 _TUCKER = 4  # dimensions of the cores that core multiplies out
+_NO_LAYERS = ("model_sampling", "latent_format", "process_latent_in", "process_latent_out")  # exchanged, no layers
+_HOOKS = ("model_function_wrapper", "patches", "patches_replace")
 
 
 class Change(Additive):
@@ -95,10 +97,10 @@ def collect(model: Any, clip: Any | None) -> Collected:
     found = Collected(names_of(model, clip), metadata=metadata)
     stack = branching.stack_on(model)
     _Side(model, model.model, _beside(stack), found).collect()
-    found.notes.extend(_unseen(model, "MODEL"))
+    found.notes.extend(unseen(model, "MODEL"))
     if clip is not None:
         _Side(clip.patcher, clip.cond_stage_model, {}, found).collect()
-        found.notes.extend(_unseen(clip.patcher, "CLIP"))
+        found.notes.extend(unseen(clip.patcher, "CLIP"))
         found.embeddings.update(_words(clip))
     if not found.parts and not found.embeddings:
         raise ValueError(
@@ -119,29 +121,36 @@ def bake(
     by ``dense``."""
     if method != "concat":
         return merge(found.ingredients(), method, cut, progress=progress)
-    made: dict[str, LayerOutcome] = {}
+    made: dict[str, list[float]] = {}  # ‖ΔW‖, error
     parts = dict(found.parts)
     for number, path in enumerate(computed := found.computed, 1):
-        parts[path], made[path] = _as_product(path, parts[path], found.names.shapes[path], dense)
+        parts[path], *made[path] = _as_product(parts[path], found.names.shapes[path], dense)
         if progress is not None:
             progress(number, len(computed))
     kept = replace(found, parts={path: own for path, own in parts.items() if own})
+    if not kept.parts and not kept.embeddings:
+        raise ValueError("model: nothing is left that a LoRA could hold: what is applied to it changes nothing")
     outcome = merge(kept.ingredients(), method, progress=progress)
-    layers = tuple(made.get(layer.path, layer) for layer in outcome.layers)
-    return replace(outcome, layers=layers)
+    layers = [
+        LayerOutcome(layer.path, layer.rank, None, *made[layer.path]) if layer.path in made else layer
+        for layer in outcome.layers
+    ]
+    return replace(outcome, layers=tuple(layers))
 
 
-def _as_product(path: str, parts: Parts, shape: Sequence[int], cut: Cut) -> tuple[Parts, LayerOutcome]:
-    """All that changes a weight as one LoRA; what changes the bias stays beside it."""
-    biases = [(adapter, strength) for adapter, strength in parts if isinstance(adapter, Full) and not adapter.factors]
-    moving = [(adapter, strength) for adapter, strength in parts if (adapter, strength) not in biases]
+def _as_product(parts: Parts, shape: Sequence[int], cut: Cut) -> tuple[Parts, float, float]:
+    """(all that had to be computed as one LoRA, with what else changes the layer beside it; ‖ΔW‖; the error)."""
+    others = [(adapter, strength) for adapter, strength in parts if not isinstance(adapter, Change)]
     total = torch.zeros(tuple(shape))
-    for adapter, strength in moving:
-        total.add_(adapter.difference(total).to(total.device), alpha=strength)
-    low, values = truncated(total.flatten(1), cut, exact=False)
-    norm, error = total.norm().item(), remainder(total.flatten(1), values, low.rank)
+    for adapter, strength in parts:
+        if isinstance(adapter, Change):
+            total.add_(adapter.delta(), alpha=strength)
+    low, _ = truncated(total.flatten(1), cut, exact=False)
+    error = distance(total.flatten(1), low)
+    for adapter, strength in others:
+        total.add_(adapter.difference(total), alpha=strength)
     product: Parts = [(as_lora(low, shape), 1.0)] if low.rank else []
-    return [*product, *biases], LayerOutcome(path, low.rank, None, norm, error)
+    return [*product, *others], total.norm().item(), error
 
 
 def _beside(stack: branching.Stack | None) -> dict[str, Parts]:
@@ -166,18 +175,21 @@ class _Side:
     """A MODEL's or a CLIP's patcher."""
 
     def __init__(self, patcher: Any, tree: nn.Module, beside: Mapping[str, Parts], found: Collected) -> None:
-        self._patches: dict[str, list[tuple]] = {key: list(entries) for key, entries in patcher.patches.items()}
-        self._wrappers = getattr(patcher, "weight_wrapper_patches", {})
+        self._patches, self._idle = applied_patches(patcher, tree)
         self._beside, self._found = dict(beside), found
-        self._originals, self._read = Originals(patcher), parameter_reader(patcher)
-        self._parameters = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
-        for key, functions in self._wrappers.items():
-            for function in functions:
-                if isinstance(function, OnUse):
-                    self._patches.setdefault(key, []).append((1.0, function.patch, 1.0, None, None))
+        self._originals, self._read = Originals(patcher), base_reader(patcher, tree)
+        self._parameters = parameters_of(tree)
 
     def collect(self) -> None:
+        if self._idle:
+            self._found.notes.append(
+                f"{len(self._idle)} parameters have patches that ComfyUI never applies ({self._idle[0]} first), so "
+                "these are not in it"
+            )
         for key in dict.fromkeys((*self._patches, *self._beside)):
+            if not self._parameters[key].shape:
+                self._found.notes.append(f"{key} is a single number, which no LoRA holds: what changes it is not in it")
+                continue
             path, parts = self._place(key)
             kept = [(adapter, strength) for adapter, strength in parts if strength]
             if kept:
@@ -197,7 +209,7 @@ class _Side:
         """Of what is small: computed at once."""
         before = self._originals.dense(key).cpu()
         after = comfy.lora.calculate_weight(self._patches.get(key, []), before.clone(), key)
-        if beside := self._beside.get(key):
+        if beside := [(adapter.to("cpu"), strength) for adapter, strength in self._beside.get(key, ())]:
             after = fused_bias(after, beside) if key.endswith(".bias") else fused(after.clone(), beside)
         return [] if torch.equal(after, before) else [(Full({part: after - before}, shape), 1.0)]
 
@@ -210,7 +222,7 @@ class _Side:
             parts.append((Change(shape, lambda: self._patched(key, entries, shape)), 1.0))
         for adapter, strength in self._beside.get(key, ()):
             _check(adapter, path)
-            own = weight_alone(adapter)
+            own = weight_alone(adapter.to("cpu"))
             if not needs_weight(adapter):
                 parts += [] if own is None else [(own, strength)]
             else:
@@ -218,8 +230,8 @@ class _Side:
         return parts
 
     def _on_patched(self, adapter: Adapter, key: str) -> Callable[[], Tensor]:
-        """What an adapter beside the weight adds to it: it finds the weight with all patches."""
-        return lambda: adapter.to("cpu").difference(self._read(key).cpu())
+        """What an adapter beside the weight adds to it: it finds the weight with the patches of others."""
+        return lambda: adapter.to("cpu").difference(self._read(key))
 
     def _patched(self, key: str, entries: list[tuple], shape: Sequence[int]) -> Tensor:
         before = self._originals.dense(key)
@@ -243,7 +255,7 @@ def _of_entry(entry: tuple, shape: Sequence[int]) -> Parts | None:
         for adapter, own, names, tensors in patch.weights:
             if needs_weight(adapter) or not can_branch(adapter):
                 return None
-            alone = weight_alone(adapter.with_tensors(dict(zip(names, tensors, strict=True))))
+            alone = weight_alone(adapter.with_tensors(dict(zip(names, tensors, strict=True))).to("cpu"))
             parts += [] if alone is None else [(alone, strength * own)]
         return parts
     found = _of_core(patch, rows)
@@ -261,7 +273,7 @@ def _of_core(patch: Any, shape: Sequence[int]) -> tuple[Adapter, float] | None:
         up, down, alpha, mid, norms, wider = patch.weights
         if norms is not None or wider is not None or (mid is not None and mid.ndim != _TUCKER):
             return None
-        parts = {UP: up, DOWN: down} | ({} if mid is None else {MID: mid})
+        parts = {UP: up.cpu(), DOWN: down.cpu()} | ({} if mid is None else {MID: mid.cpu()})
         try:
             return LoRA.read(parts, shape), 1.0 if alpha is None else float(alpha) / len(down)
         except ValueError:  # flattened, or what core itself cannot multiply: it says what comes of it
@@ -269,7 +281,7 @@ def _of_core(patch: Any, shape: Sequence[int]) -> tuple[Adapter, float] | None:
     if isinstance(patch, tuple) and len(patch) == 2 and patch[0] == "diff":
         patch = patch[1]
     if isinstance(patch, tuple) and len(patch) == 1 and isinstance(patch[0], Tensor) and patch[0].shape == tuple(shape):
-        return Full({"diff": patch[0]}, shape), 1.0
+        return Full({"diff": patch[0].cpu()}, shape), 1.0
     return None
 
 
@@ -306,8 +318,8 @@ def _words(clip: Any) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _unseen(patcher: Any, what: str) -> list[str]:
-    """What acts otherwise than by weights, in sentences."""
+def unseen(patcher: Any, what: str) -> list[str]:
+    """What other nodes let act otherwise than by patches of weights, in sentences."""
     notes = []
     if patcher.hook_patches:
         notes.append(
@@ -320,7 +332,7 @@ def _unseen(patcher: Any, what: str) -> list[str]:
                 f"{key} injects layers into the {what}, as LoRAs in bypass mode do; these cannot be seen and are not "
                 "in it: load them with an ordinary LoRA loader"
             )
-    replaced = [name for name in patcher.object_patches if name.endswith((".weight", ".bias"))]
+    replaced = [name for name in patcher.object_patches if name not in _NO_LAYERS]
     wrapped = [
         key
         for key, functions in getattr(patcher, "weight_wrapper_patches", {}).items()
@@ -329,6 +341,20 @@ def _unseen(patcher: Any, what: str) -> list[str]:
     if replaced or wrapped:
         some = [*replaced, *wrapped]
         notes.append(
-            f"{len(some)} weights of the {what} are changed by other nodes on use ({some[0]} first) and not in it"
+            f"{len(some)} parts of the {what} are exchanged or changed on use by other nodes ({some[0]} first); what "
+            "that does is not in it"
+        )
+    options = patcher.model_options
+    hung = [name for name in _HOOKS if options.get(name) or options.get("transformer_options", {}).get(name)]
+    hung += [
+        str(key)
+        for kinds in options.get("transformer_options", {}).get("wrappers", {}).values()
+        for key, wrappers in kinds.items()
+        if wrappers and key != KEY
+    ]
+    if hung:
+        notes.append(
+            f"other nodes act around the {what} while it runs ({', '.join(dict.fromkeys(hung))[:120]}); what that does "
+            "is not in it"
         )
     return notes

@@ -100,7 +100,7 @@ def add_fused(patcher: Any, adapters: Mapping[str, Sequence[tuple[Adapter, float
 def parts_on(patcher: Any, key: str) -> tuple[Part, ...]:
     """What our loaders fuse last on a parameter; nothing where another's patch came behind."""
     entries = patcher.patches.get(key, [])
-    return entries[-1][1].weights if entries and _is_ours(entries[-1]) else ()
+    return entries[-1][1].weights if entries and is_ours(entries[-1]) else ()
 
 
 def take_off(patcher: Any, key: str) -> tuple[Part, ...]:
@@ -114,7 +114,8 @@ def take_off(patcher: Any, key: str) -> tuple[Part, ...]:
     return parts
 
 
-def _is_ours(entry: tuple) -> bool:
+def is_ours(entry: tuple) -> bool:
+    """Whether a patch of the host is one of our loaders', and acts as they put it there."""
     strength, patch, strength_model, offset, function = entry
     alone = strength == strength_model == 1 and offset is None and function is None
     return alone and isinstance(patch, FusedPatch)
@@ -150,7 +151,7 @@ def _remember(patcher: Any, *_: Any) -> None:
 
 def _mark(entry: tuple) -> tuple:
     """Equal for patches that do the same; holds no tensor."""
-    if not _is_ours(entry):
+    if not is_ours(entry):
         strength, patch, *rest = entry
         return (strength, _reference(patch), *rest)
     return tuple((ref(adapter), strength) for adapter, strength, *_ in entry[1].weights)
@@ -238,7 +239,7 @@ def _overwrite(key: str, entries: list[tuple], weight: Tensor, base: Tensor) -> 
 
 def _products(entries: list[tuple], base: Tensor, weight: Tensor) -> list[tuple[float, Tensor, Tensor]] | None:
     """(factor, up, down) of all that is on a weight, where that is nothing but products of two matrices."""
-    if len(entries) != 1 or not _is_ours(entries[0]):
+    if len(entries) != 1 or not is_ours(entries[0]):
         return None
     if weight.dtype != torch.float32 or not (base.is_contiguous() and weight.is_contiguous()):
         return None

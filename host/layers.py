@@ -38,17 +38,12 @@ def conv_geometry(module: nn.Module) -> ConvGeometry | None:
 
 def weight_reader(patcher: Any) -> Callable[[str], Tensor]:
     """path -> the weight of a layer as this MODEL has it, LoRAs applied, in float32, whatever is loaded at the time."""
-    read = parameter_reader(patcher)
-    return lambda path: read(f"{path}.weight")
-
-
-def parameter_reader(patcher: Any) -> Callable[[str], Tensor]:
-    """The same for any parameter, by its full name."""
     known: dict[str, Any] = {}
 
-    def read(key: str) -> Tensor:
+    def read(path: str) -> Tensor:
         if not known:
             known.update(patcher.get_key_patches())
+        key = f"{path}.weight"
         (weight, convert), *patches = known[key]
         dense = weight if type(weight) in (Tensor, nn.Parameter) else weight.dequantize()
         dense = convert(dense.detach().to(torch.float32, copy=True), inplace=True)

@@ -1,6 +1,7 @@
 """The weights of a MODEL (or of a CLIP's patcher) without any patch on them, whatever is merged into them at the time.
 
-* ``Originals.dense``: the whole weight of a layer in float32; ``Originals.rows``: some of its rows, without the rest.
+* ``Originals.dense``: the whole weight of a layer in float32; ``Originals.as_stored``: in its own type;
+  ``Originals.rows``: some of its rows, without the rest.
 * ``Originals.norm``: ‖W‖, read once per base model, of large layers from some of their rows and with its error.
 * ``Originals.kept``: what kind of numbers a weight is kept in; ``Originals.rounded``: other values in that kind, as the
   host rounds them when it merges a LoRA.
@@ -66,6 +67,12 @@ class Originals:
         """A copy that is the caller's. Raises UnreadableError."""
         weight, convert = self._stored(path)
         return _dense(weight, convert)
+
+    def as_stored(self, path: str) -> Tensor:
+        """A copy in the type it is kept in, which tells how it was rounded; float32 where numbers have a scale."""
+        weight, convert = self._stored(path)
+        plain = convert is None and type(weight) in (Tensor, nn.Parameter)
+        return weight.detach().clone() if plain else _dense(weight, convert)
 
     def rows(self, path: str, some: Tensor) -> Tensor:
         """Rows of the weight as (rows, in · kernel), float32. Raises UnreadableError."""

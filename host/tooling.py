@@ -3,8 +3,7 @@
 * ``gather``: LORA_MODELs and files named in text, each with its strengths by component and block, as ingredients.
 * ``ticking``: a bar on the node, and the ✕.
 * ``Places``: the block of a layer, and what to call it; ``energy_picture``: what is retained, by block.
-* ``base_weights``: for adapters that depend on them; ``effective_reader``: the weights as the MODEL computes with them,
-  LoRAs beside them included.
+* ``base_weights``: for adapters that depend on them.
 * ``named``: the whole of a LORA_MODEL by the names of what is connected; ``lora_model``: the way back.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_management
@@ -23,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..kernels.block_names import BASE
-from ..kernels.branches import fused, fused_bias
 from ..kernels.file_blocks import block_of_layers, blocks_of_file
 from ..kernels.low_rank import Cut
+from ..kernels.names import layer_shapes
 from ..kernels.reading import NO_ENCODER, LoRAFile, read_lora
 from ..kernels.safetensors_io import LoraModel
 from ..kernels.strengths.components import TE, UNET
@@ -37,14 +36,13 @@ from ..kernels.tools.merge import Ingredient
 from ..kernels.tools.outcome import LayerOutcome, Outcome, retained
 from ..kernels.tools.provenance import Parent
 from ..kernels.writing import to_tensors
-from . import branching, lora_cache, loras
+from . import lora_cache, loras
 from .diagnosis import BlockShare, short_names
+from .effective import base_reader
 from .embeddings import encoders
-from .layers import parameter_reader
 from .pictures import bar_picture
 from .presets import block_presets
 from .prompt_states import prompt_state
-from .saving import weights_of
 from .targets import layout_of, names_of
 
 MAX_LINES, MAX_TEXT = 64, 100_000
@@ -58,7 +56,7 @@ class Gathered:
     ingredients: tuple[Ingredient, ...]
     parents: tuple[Parent, ...]
     notes: tuple[str, ...]
-    tensors: tuple[Tensor, ...] = field(default=(), repr=False)
+    tensors: tuple[tuple[str, Tensor], ...] = field(default=(), repr=False)
 
 
 def gather(
@@ -77,14 +75,14 @@ def gather(
     for number, (socket, lora) in enumerate(given):
         text = lines[number] if number < len(lines) else ""
         loaded = lora_cache.of(lora, f"the LoRA at {socket}")
-        found.append((loaded, lambda own, layout, text=text: parse_strength(text, own, layout, _presets())))
+        found.append((loaded, lambda own, layout, text=text: parse_strength(text, own, layout, block_presets())))
     sources = loras.sources() if files.strip() else []
     for tag in _tags(files, () if clip is None else tuple(encoders(clip))):
         try:
             loaded = lora_cache.get(find_name(tag.name, sources))
         except ValueError as error:
             raise ValueError(f"files: {tag.name[:60]}: {error}") from error
-        found.append((loaded, lambda own, layout, tag=tag: bake(tag, own, layout, _presets(), text=_shown(tag))))
+        found.append((loaded, lambda own, layout, tag=tag: bake(tag, own, layout, block_presets(), text=_shown(tag))))
     if not found:
         raise ValueError("there is no LoRA to merge: connect lora_1 and more, or name files in the widget files")
     read = [_ingredient(loaded, strength, model, clip) for loaded, strength in found]
@@ -92,27 +90,28 @@ def gather(
         tuple(ingredient for ingredient, _, _ in read),
         tuple(parent for _, parent, _ in read),
         tuple(note for _, _, notes in read for note in notes),
-        tuple(tensor for loaded, _ in found for tensor in loaded.tensors.values()),
+        tuple(item for loaded, _ in found for item in loaded.tensors.items()),
     )
 
 
 def files_state(files: Any) -> str:
-    """Changes with the files that the widget names. Never raises."""
+    """Changes with the files that the widget names, and with presets. Never raises."""
+    presets = loras.state_of("")
     if files is None:
-        return prompt_state(None)
+        return f"{prompt_state(None)} {presets}"
     try:
-        return prompt_state(" ".join(map(_as_tag, _lines(files, "files"))))
+        return f"{prompt_state(' '.join(map(_as_tag, _lines(files, 'files'))))} {presets}"
     except (ValueError, TypeError, AttributeError):
-        return ""
+        return presets
 
 
 def _lines(text: str, name: str) -> list[str]:
     if len(text) > MAX_TEXT:
         raise ValueError(f"{name}: {len(text)} letters, expected at most {MAX_TEXT}")
-    lines = [line.strip() for line in text.strip().splitlines()]
+    lines = [line.strip() for line in text.rstrip().splitlines()]  # an empty line stands for its socket, too
     if len(lines) > MAX_LINES:
         raise ValueError(f"{name}: {len(lines)} lines, expected at most {MAX_LINES}")
-    return lines if any(lines) else []
+    return lines
 
 
 def _as_tag(line: str) -> str:
@@ -140,10 +139,6 @@ def _shown(tag: Tag) -> str:
     return ":".join(parts + ([f"module={tag.module}"] if tag.module else []))
 
 
-def _presets() -> Mapping[str, tuple[str, ...]]:
-    return block_presets()
-
-
 def _ingredient(
     loaded: lora_cache.Loaded, strength: Callable[[Sequence[str], Any], Baked], model: Any, clip: Any
 ) -> tuple[Ingredient, Parent, list[str]]:
@@ -164,8 +159,16 @@ def _ingredient(
     if not file.adapters and not file.embeddings:
         why = f" ({file.unplaced[0].key[:80]}: {file.unplaced[0].detail})" if file.unplaced else ""
         raise ValueError(f"{loaded.name}: nothing of it fits{why}; connect the MODEL that it was made for")
-    parent = Parent(loaded.name, digest(loaded.tensors), baked.text, loaded.metadata)
-    return Ingredient(file, baked, loaded.name), parent, [f"{loaded.name}: {note}" for note in baked.notes]
+    ingredient = Ingredient(file, baked, loaded.name)
+    parent = replace(parent_of(loaded.tensors, loaded.name, baked.text), acts=ingredient.acts)
+    return ingredient, parent, [f"{loaded.name}: {note}" for note in baked.notes]
+
+
+def parent_of(lora: Mapping[str, Tensor], name: str, strength: str = "1") -> Parent:
+    """``name`` where the LoRA does not say what it is called."""
+    metadata = getattr(lora, "metadata", {})
+    own = metadata.get("ss_output_name") or metadata.get("modelspec.title")
+    return Parent(own or name, digest(lora), strength, metadata)
 
 
 def _of(loaded: lora_cache.Loaded, strength: Callable[[Sequence[str], Any], Baked], own: Sequence[str], layout: Any):
@@ -228,30 +231,13 @@ def as_image(picture: Image.Image) -> Tensor:
 
 
 def base_weights(model: Any, clip: Any) -> Callable[[str], Tensor] | None:
-    """path → weight, as what is connected has it, where the adapters are."""
-    read = weights_of(model, clip)
-    return None if read is None else lambda path: read(path).cpu()
-
-
-def effective_reader(patcher: Any, stack: branching.Stack | None) -> Callable[[str], Tensor]:
-    """parameter → as the MODEL computes with it, LoRAs on and beside it included; float32."""
-    read = parameter_reader(patcher)
-    strengths = () if stack is None else stack.strengths
-    if any(strength.schedules for strength in strengths):
-        raise ValueError(
-            "a LoRA on the MODEL has a strength that changes over the run; set its steps, blocks and components to "
-            "constant strengths"
-        )
-    beside = {} if stack is None else stack.by_parameter()
-
-    def reader(key: str) -> Tensor:
-        weight = read(key).cpu()
-        if key not in beside:
-            return weight
-        parts = [(adapter.to("cpu"), strengths[number].steady) for adapter, number in beside[key]]
-        return fused_bias(weight, parts) if key.endswith(".bias") else fused(weight, parts)
-
-    return reader
+    """path → weight, as the adapters find it on what is connected."""
+    if model is None:
+        return None
+    own = base_reader(model, model.model)
+    text = None if clip is None else base_reader(clip.patcher, clip.cond_stage_model)
+    encoders = set() if clip is None else set(layer_shapes(clip.cond_stage_model))
+    return lambda path: text(path) if text is not None and path in encoders else own(path)
 
 
 # -- blocks

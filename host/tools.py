@@ -16,34 +16,32 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..kernels.adapter import Adapter
+from ..kernels.full import Full
 from ..kernels.low_rank import Cut
 from ..kernels.safetensors_io import LoraModel
 from ..kernels.tools.budget import Budget
 from ..kernels.tools.convert import plain
 from ..kernels.tools.extract import extract
-from ..kernels.tools.finishing import AS_GIVEN, PRECISIONS, digest, finished, precision_of
+from ..kernels.tools.finishing import AS_GIVEN, PRECISIONS, finished, precision_of
 from ..kernels.tools.inspect import inspect
-from ..kernels.tools.merge import MAJORITIES, METHODS, merge
+from ..kernels.tools.merge import MAJORITIES, METHODS, merge, without_effect
 from ..kernels.tools.outcome import Outcome
 from ..kernels.tools.pairing import changes_between
 from ..kernels.tools.provenance import Parent
 from ..kernels.tools.resize import resize
 from . import branching, exporting, lora_cache
 from .diagnosis import BlockShare
+from .effective import effective_reader
 from .identify import architecture
 from .pictures import bar_picture, below
 from .progress import Progress
 from .saving import AS_IT_IS, FORMATS
 from .targets import names_of, parameters_of
-from .tooling import Places, base_weights, effective_reader, energy_picture, gather, lora_model, named, ticking
+from .tooling import Places, base_weights, energy_picture, gather, lora_model, named, parent_of, ticking
 
-_USES = {  # option → the methods that it has an effect on
-    "density": ("ties", "dare", "dare_ties", "prune"),
-    "majority": ("ties", "dare_ties"),
-    "seed": ("dare", "dare_ties"),
-}
+DENSE_RANK = 64
 BAKING = {method: METHODS[method] for method in ("concat", "sum")}
-MEGABYTE = 10**6
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,6 @@ class MergeOptions:
     majority: str = "total"
     seed: int = 0
     precision: str = AS_GIVEN
-
-    def idle(self) -> list[str]:
-        """What was set and changes nothing, in sentences."""
-        defaults = MergeOptions()
-        return [
-            f"{name}: no effect with {self.method}"
-            for name, methods in _USES.items()
-            if self.method not in methods and getattr(self, name) != getattr(defaults, name)
-        ]
 
     def check(self) -> None:
         """Raises ValueError naming what is unknown: not every host checks its combos itself."""
@@ -112,7 +101,7 @@ def merge_loras(
     )
     told = {**vars(options), **_told(cut)}
     title = f"{len(gathered.ingredients)} LoRAs by {options.method}"
-    notes = [*gathered.notes, *options.idle()]
+    notes = [*gathered.notes, *without_effect(options.method, options.density, options.majority, options.seed)]
     first = [f"{parent.name} at {parent.strength}" for parent in gathered.parents]
     return _made(
         outcome, title, "merge", gathered.parents, told, options.precision, gathered.tensors, model, first, notes
@@ -134,9 +123,13 @@ def bake_applied(
             f"{len(found.computed)} weights are changed by what is no product of two factors; their change was "
             f"computed and cut to rank {dense_rank} (dense_rank)"
         )
-    tensors = [tensor for parts in found.parts.values() for adapter, _ in parts for tensor in adapter.tensors.values()]
+    elif dense_rank != DENSE_RANK:
+        notes.append("dense_rank: no effect, every change is kept as it is, or cut by rank and energy")
+    adapters = [adapter for parts in found.parts.values() for adapter, _ in parts]
+    tensors = [item for adapter in adapters if not _is_computed(adapter) for item in adapter.tensors.items()]
     parents = [Parent("what was applied to a MODEL", metadata=found.metadata)]
-    told = {"method": method, "precision": precision, "dense_rank": dense_rank, **_told(cut)}
+    told = {"method": method, "precision": precision, **_told(cut)}
+    told |= {"dense_rank": dense_rank} if found.computed and method == "concat" else {}
     return _made(outcome, "all that is applied", "bake", parents, told, precision, tensors, model, [], notes)
 
 
@@ -174,8 +167,7 @@ def extract_lora(
         metadata=_origin(base),
         progress=ticking(node_id),
     )
-    if not outcome.file.adapters:
-        raise ValueError("model_tuned: its weights do not differ from those of model_base; connect another model")
+    notes += exporting.unseen(tuned, "MODEL that is tuned")
     parents = [Parent("model_tuned"), Parent("model_base", strength="-1")]
     told = {"min_change": min_change, "clamp_quantile": clamp_quantile, "conv": conv, **_told(cut)}
     return _made(outcome, "extracted", "extract", parents, told, precision, [], base, [], notes)
@@ -193,8 +185,8 @@ def resize_lora(
 ) -> Made:
     file = named(lora, model, clip)
     outcome = resize(file, cut, base_weights(model, clip), progress=ticking(node_id))
-    parents = [_parent(lora)]
-    return _made(outcome, "resized", "resize", parents, _told(cut), precision, list(lora.values()), model, [], [])
+    parents = [parent_of(lora, "the connected LoRA")]
+    return _made(outcome, "resized", "resize", parents, _told(cut), precision, list(lora.items()), model, [], [])
 
 
 @torch.inference_mode(False)
@@ -216,15 +208,16 @@ def convert_lora(
             "only they tell what their layers are called there"
         )
     file = named(lora, model, clip)
-    outcome, notes = Outcome(file, ()), []
+    outcome, notes = Outcome(file, (), tuple(file.notes)), []
     if as_plain:
         outcome = plain(file, cut, base_weights(model, clip), ticking(node_id))
     elif cut is not None:
         notes.append("rank, energy: no effect, since plain is off")
     told = {"dialect": dialect, "precision": precision, "plain": as_plain, **(_told(cut) if as_plain else {})}
     made = dialect if dialect != AS_IT_IS else _spelled(lora)
+    parent = parent_of(lora, "the connected LoRA")
     return _made(
-        outcome, "converted", "convert", [_parent(lora)], told, precision, list(lora.values()), model, [], notes, made
+        outcome, "converted", "convert", [parent], told, precision, list(lora.items()), model, [], notes, made
     )
 
 
@@ -260,16 +253,17 @@ def _made(
     parents: Sequence[Parent],
     options: Mapping[str, object],
     precision: str,
-    given: Sequence[Tensor],
+    given: Sequence[tuple[str, Tensor]],
     model: Any,
     first: Sequence[str],
     notes: Sequence[str],
     dialect: str = "native",
 ) -> Made:
     """``first`` and ``notes`` stand before and behind what the outcome says."""
+    outcome = replace(outcome, notes=(*outcome.notes, *notes))
     file, said = finished(outcome, tool, parents, options, precision, precision_of(given) if given else None)
     places = Places(model, file)
-    lines = [*first, *outcome.lines(places.called), *said, *notes]
+    lines = [*first, *outcome.lines(places.called), *said]
     try:
         lora = lora_model(file, dialect)
     except ValueError as error:
@@ -280,7 +274,7 @@ def _made(
 def _side(name: str, patcher: Any, tree: nn.Module) -> tuple[str, dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
     """A model for ``changes_between``."""
     shapes = {key: place.shape for key, place in parameters_of(tree).items()}
-    return name, shapes, effective_reader(patcher, branching.stack_on(patcher))
+    return name, shapes, effective_reader(patcher, tree, branching.stack_on(patcher))
 
 
 def _origin(model: Any) -> dict[str, str]:
@@ -288,10 +282,9 @@ def _origin(model: Any) -> dict[str, str]:
     return {"modelspec.architecture": f"{kind}/lora", "ss_base_model_version": base}
 
 
-def _parent(lora: Mapping[str, Tensor]) -> Parent:
-    metadata = getattr(lora, "metadata", {})
-    name = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "the connected LoRA"
-    return Parent(name, digest(lora), metadata=metadata)
+def _is_computed(adapter: Adapter) -> bool:
+    """Whether its numbers were worked out here, and so have no precision that anybody gave them."""
+    return isinstance(adapter, exporting.Change | Full)
 
 
 def _spelled(lora: Mapping[str, Tensor]) -> str:

@@ -276,4 +276,6 @@ def fitted(tensor: Tensor, shape: Sequence[int], name: str) -> Tensor:
 
 def wide(tensor: Tensor) -> Tensor:
     """At least float32."""
+    if tensor.dtype.itemsize == 1:  # torch knows no common type of float8 and others
+        return tensor.float()
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

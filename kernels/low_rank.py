@@ -5,7 +5,7 @@
 * ``spectrum``: singular values; ``Cut``: how many of them stay, by rank, energy, ratio or sum.
 * ``truncated``: the best approximation of that rank (Eckart–Young), from QR of both factors and the SVD of the small
   core between them; of a dense matrix by its SVD, or with ``exact=False`` from random products with it (``sketch``).
-  ``remainder``: how far it is from the matrix, measured, not estimated. ``whole``: all of a dense matrix of low rank.
+  ``distance``: how far it is from the matrix, measured, not estimated. ``whole``: all of a dense matrix of low rank.
 * ``factors_of``: the ΔW of an adapter in this form, where its family has one; ``as_lora``: the way back.
 
 Factors stay in their own dtype, float32 or wider; what is small (and QR, which makes it) is computed in float64.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -31,6 +30,8 @@ from .sketch import leading
 from .vera import LAMBDA_B, LAMBDA_D, A, B, VeRA
 
 NOISE = torch.finfo(torch.float32).eps / 4  # of the largest singular value: below that float32 factors hold nothing
+NOT_FINITE = "some of its numbers are not finite; inspect the file"
+PIECE = 1 << 22  # numbers of a matrix that are measured at once
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != len(self.down):
             raise ValueError(f"{tuple(self.up.shape)} and {tuple(self.down.shape)} are no two factors of one matrix")
-        dtype = reduce(torch.promote_types, (self.up.dtype, self.down.dtype, torch.float32))
-        object.__setattr__(self, "up", self.up.detach().to(dtype))
-        object.__setattr__(self, "down", self.down.detach().to(self.up.device, dtype))
+        up, down = wide(self.up.detach()), wide(self.down.detach())
+        dtype = torch.promote_types(up.dtype, down.dtype)
+        object.__setattr__(self, "up", up.to(dtype))
+        object.__setattr__(self, "down", down.to(up.device, dtype))
 
     @property
     def rank(self) -> int:
@@ -151,7 +153,7 @@ def truncated(matrix: LowRank | Tensor, cut: Cut, exact: bool = True) -> tuple[L
     """
     for tensor in (matrix.up, matrix.down) if isinstance(matrix, LowRank) else (matrix,):
         if not tensor.isfinite().all():
-            raise ValueError("some of its numbers are not finite; inspect the file")
+            raise ValueError(NOT_FINITE)
     if isinstance(matrix, LowRank) and not matrix.rank:
         return matrix, matrix.up.new_zeros(0)
     dtype = matrix.up.dtype if isinstance(matrix, LowRank) else wide(matrix).dtype
@@ -168,14 +170,24 @@ def truncated(matrix: LowRank | Tensor, cut: Cut, exact: bool = True) -> tuple[L
     return LowRank((u[:, :kept] * roots).to(dtype), (roots[:, None] * v[:kept]).to(dtype)), values
 
 
-def remainder(matrix: LowRank | Tensor, values: Tensor, kept: int) -> float:
-    """‖M − M_k‖ (Frobenius) of what ``truncated`` made, from the singular ``values`` that it found."""
-    values = values.double()
-    if isinstance(matrix, LowRank) or len(values) == min(matrix.flatten(1).shape):
-        return values[kept:].norm().item()
-    # what is orthogonal to a projection of M: ‖M‖² = ‖QQᵀM‖² + ‖M − QQᵀM‖²
-    squares = sum(rows.double().square().sum().item() for rows in matrix.split(1024))
-    return math.sqrt(max(squares - values[:kept].square().sum().item(), 0))
+def size(matrix: Tensor) -> float:
+    """‖M‖ (Frobenius), of however many dimensions."""
+    return math.sqrt(sum(piece.double().square().sum().item() for piece in pieces(matrix)))
+
+
+def distance(matrix: Tensor, factors: LowRank) -> float:
+    """‖M − up · down‖, as it is."""
+    squares, few = 0.0, max(1, PIECE // matrix.shape[1])
+    for rows, up in zip(matrix.split(few), factors.up.split(few), strict=True):
+        squares += torch.addmm(rows, up.to(rows), factors.down.to(rows), alpha=-1).double().square().sum().item()
+    return math.sqrt(squares)
+
+
+def pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Rows, some at a time, so that nothing of the size of a layer is made."""
+    if not tensor.ndim:
+        return [tensor]
+    return tensor.split(max(1, PIECE * len(tensor) // max(tensor.numel(), 1)))
 
 
 def whole(matrix: Tensor, most: int, error: float) -> LowRank | None:

@@ -1,7 +1,8 @@
 """The writer of adapter files.
 
 * ``DIALECTS``: what can be written, and who reads it.
-* ``write_lora``: a ``LoRAFile`` to a file in a dialect; ``to_tensors``: the same as tensors in memory.
+* ``write_lora``: a ``LoRAFile`` to a file in a dialect, with a second one beside it in some (``config_of``);
+  ``to_tensors``: the same as tensors in memory.
 * ``to_state_dict``: adapters under given names, their parts as LyCORIS and kohya call them.
 
 Layers that a dialect holds in other pieces than the model are cut or joined with the same ΔW. PEFT and diffusers have
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from .reading import LoRAFile
 from .safetensors_io import LoraModel, checked_path, replace_file, save_tensors
 
 WRITTEN_AS = "loom.dialect"  # metadata: this pack wrote it, so there is nothing to put right
+TOOL = "loom.tool"  # metadata: what a tool of this pack made it of
+NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha")  # metadata of kohya's trainers
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,15 @@ def write_lora(file: LoRAFile, path: str | os.PathLike, dialect: str = "native")
     path = checked_path(path)
     model = to_tensors(file, dialect)
     written = save_tensors(model, path)
-    if dialect == "peft" and path.stem == "adapter_model":
-        replace_file(path.with_name(f"{CONFIG}.json"), model.metadata[CONFIG].encode())
+    config = config_of(path, dialect)
+    if config is not None:
+        replace_file(config, model.metadata[CONFIG].encode())
     return written
+
+
+def config_of(path: Path, dialect: str) -> Path | None:
+    """The file that is written beside ``path``."""
+    return path.with_name(f"{CONFIG}.json") if dialect == "peft" and path.stem == "adapter_model" else None
 
 
 def to_tensors(file: LoRAFile, dialect: str = "native") -> LoraModel:
@@ -96,6 +105,9 @@ def to_tensors(file: LoRAFile, dialect: str = "native") -> LoraModel:
             raise ValueError(f"{path}: {error}") from error
     metadata = {key: value for key, value in file.metadata.items() if key not in (CONFIG, DIFFUSERS_CONFIG)}
     metadata[WRITTEN_AS] = dialect
+    if TOOL in metadata:  # what a trainer says of itself stays
+        metadata = {key: value for key, value in metadata.items() if key not in NETWORK}
+        metadata |= _network(layers, not DIALECTS[dialect].peft)
     if DIALECTS[dialect].peft:
         layers, config = _as_peft(layers, dialect)
         metadata |= {CONFIG: config_json(config)} if dialect == "peft" else {}
@@ -112,6 +124,28 @@ def to_state_dict(adapters: Mapping[str, Adapter], name_of: Callable[[str], str]
         for path, adapter in adapters.items()
         for part, tensor in adapter.state().items()
     }
+
+
+def _network(layers: Mapping[str, Mapping[str, Tensor]], with_alpha: bool) -> dict[str, str]:
+    """kohya's keys, as true as the parts are; it writes "Dynamic" where layers differ."""
+    plain = all(parts.keys() <= {DOWN, UP, "alpha", DIFF_B} for parts in layers.values())
+    found = {"ss_network_module": "networks.lora" if plain else "lycoris.kohya"}
+    pairs = [parts for parts in layers.values() if DOWN in parts]
+    if pairs:
+        found["ss_network_dim"] = _one(str(len(parts[DOWN])) for parts in pairs)
+        found["ss_network_alpha"] = _one(f"{_alpha(parts) if with_alpha else len(parts[DOWN]):.6g}" for parts in pairs)
+    return found
+
+
+def _alpha(parts: Mapping[str, Tensor]) -> float:
+    """As it is read: 0 and infinity are the rank."""
+    alpha = float(parts["alpha"])
+    return alpha if alpha and math.isfinite(alpha) else len(parts[DOWN])
+
+
+def _one(values: Iterable[str]) -> str:
+    different = set(values)
+    return different.pop() if len(different) == 1 else "Dynamic"
 
 
 def _named(path: str, adapter: Adapter, table: NameTable | None, dialect: str) -> list[tuple[str, dict[str, Tensor]]]:

@@ -196,7 +196,7 @@ class LoomBakeApplied(io.ComfyNode):
                 energy_input(),
                 io.Int.Input(
                     "dense_rank",
-                    default=64,
+                    default=tools.DENSE_RANK,
                     min=1,
                     max=4096,
                     tooltip="With concat, the rank of layers whose change is no product of two factors: DoRA, "

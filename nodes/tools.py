@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..host import lora_cache, loras, saving, tools
 from ..host.tooling import as_image, cut_of
 from ..kernels.low_rank import Cut
 from ..kernels.tools.budget import Budget
+from ..kernels.tools.finishing import written_in
 from .applying import FROM_SOCKET, preview
 from .compat import build
 from .merging import TOOLS, energy_input, precision_input, rank_input, results, shown
@@ -39,23 +42,33 @@ def budget_inputs() -> list[Any]:
 
 
 def amount(
-    rank: int, energy: float, ratio: float, average_rank: float, megabytes: float, precision: str
+    rank: int,
+    energy: float,
+    ratio: float,
+    average_rank: float,
+    megabytes: float,
+    precision: str,
+    given: Iterable[tuple[str, Tensor]] = (),
 ) -> Cut | Budget:
-    """From widgets. Raises ValueError naming those that contradict each other."""
+    """From widgets; ``given`` are the numbers whose precision is "as given". Raises ValueError naming the widgets."""
     cut = cut_of(rank, energy, ratio)
     budgets = [name for name, value in (("average_rank", average_rank), ("megabytes", megabytes)) if value]
     if cut is not None and budgets:
-        raise ValueError(f"{budgets[0]}: goes without rank, energy and ratio; set those, or this, to 0")
+        raise ValueError(f"{budgets[0]}: goes without {' and '.join(_said(cut))}; set one or the other to 0")
     if len(budgets) == 2:
         raise ValueError("average_rank and megabytes both say how large it becomes; set one of them to 0")
     if budgets:
-        itemsize = 2 if precision in ("float16", "bfloat16") else 4
+        itemsize = written_in(precision, given).itemsize
         if megabytes:
-            return Budget(bytes=int(megabytes * tools.MEGABYTE), itemsize=itemsize)
+            return Budget.of_megabytes(megabytes, itemsize)
         return Budget(average_rank=average_rank, itemsize=itemsize)
     if cut is None:
         raise ValueError("rank: how large it becomes is not said; set rank, energy, average_rank or megabytes")
     return cut
+
+
+def _said(cut: Cut) -> list[str]:
+    return [name for name, value in vars(cut).items() if value is not None]
 
 
 class LoomExtractLoRA(io.ComfyNode):
@@ -201,7 +214,7 @@ class LoomResizeLoRA(io.ComfyNode):
         model: Any = None,
         clip: Any = None,
     ) -> io.NodeOutput:
-        cut = amount(rank, energy, ratio, average_rank, megabytes, precision)
+        cut = amount(rank, energy, ratio, average_rank, megabytes, precision, lora.items())
         return shown(tools.resize_lora(lora, cut, precision, model, clip, node_id(cls)))
 
 

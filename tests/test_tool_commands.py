@@ -4,6 +4,7 @@ Checkpoints are made here, with the layers and names of SD1 and SDXL at tiny wid
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from lora_loom.kernels.adapter import Options
 from lora_loom.kernels.reading import LoRAFile, read_lora
 from lora_loom.kernels.registry import make_adapter
 from lora_loom.kernels.safetensors_io import TensorFile, load_tensors, save_tensors
+from lora_loom.kernels.tools import command_line
 from lora_loom.kernels.tools.checkpoint import Checkpoint
 from lora_loom.kernels.tools.command_line import main
-from lora_loom.kernels.writing import to_tensors
+from lora_loom.kernels.tools.convert import in_precision
+from lora_loom.kernels.writing import to_tensors, write_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDE, TEXT = 24, 16
@@ -181,6 +184,39 @@ def test_what_depends_on_the_weights_reads_them_from_the_base(base, tmp_path, ca
         torch.testing.assert_close(change, 0.5 * adapters[path].difference(base.weight(path)), rtol=1e-3, atol=1e-5)
 
 
+def test_what_is_at_0_brings_nothing_along(base, tmp_path, capsys):
+    files = []
+    for seed, word in enumerate(("cat", "dog")):
+        file = LoRAFile(
+            adapters_for(base, seed=seed),
+            {"modelspec.trigger_phrase": word},
+            embeddings={word: {"clip_l": torch.ones(2, TEXT)}},
+            names=base.table,
+        )
+        files.append(write_lora(file, tmp_path / f"{word}.safetensors"))
+    out = tmp_path / "out.safetensors"
+    assert run("merge", *files, "--strengths", "1", "0", "--out", out) == 0
+    made = load_tensors(out)
+    assert {key for key in made if "bundle_emb" in key} == {"bundle_emb.cat.clip_l"}
+    assert made.metadata["modelspec.trigger_phrase"] == "cat" and "modelspec.merged_from" not in made.metadata
+    assert "dog.safetensors: its strength is 0, nothing of it is in the result" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"dora": "output"}])
+def test_as_given_is_what_the_factors_are(dtype, options, base, tmp_path):
+    """Alphas and norms are float32 in files of every precision."""
+    adapters = adapters_for(base, only=lambda path: "attn" in path, **options)
+    file = in_precision(LoRAFile(adapters, names=base.table), dtype)[0]
+    given, out = write_lora(file, tmp_path / "given.safetensors"), tmp_path / "out.safetensors"
+    assert {tensor.dtype for tensor in load_tensors(given).values()} == {dtype, torch.float32}
+    for command in (("resize", given, "--rank", "1"), ("merge", given, given, "--strengths", "0.5", "0.5"),
+                    ("convert", given, "--plain")):  # fmt: skip
+        assert run(*command, "--base", base.file.path, "--out", out, "--overwrite") == 0
+        wide = {key for key, tensor in load_tensors(out).items() if tensor.numel() > 1 and tensor.dtype != dtype}
+        assert all(key.endswith(".dora_scale") for key in wide)
+
+
 # -- extract
 
 
@@ -215,6 +251,28 @@ def test_a_known_lora_is_found_again(form, base, tmp_path, capsys):
     torch.testing.assert_close(bias, torch.ones(WIDE), rtol=0, atol=2e-3)
 
 
+def test_checkpoints_of_eight_bits(base, tmp_path):
+    """As they are extracted from, and as the base of what depends on the weights."""
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights().items()}
+    change = {name: torch.randn(tensor.shape) for name, tensor in weights().items()}
+    tuned = {name: (tensor.float() + change[name]).to(torch.float8_e4m3fn) for name, tensor in eight.items()}
+    before, after, out = (tmp_path / f"{name}.safetensors" for name in ("before", "after", "out"))
+    save_tensors(eight, before)
+    save_tensors(tuned, after)
+    assert run("extract", after, before, "--energy", "1", "--out", out, "--precision", "float32") == 0
+    name = f"{BLOCK}.attn1.to_q"
+    wanted = tuned[f"{name}.weight"].float() - eight[f"{name}.weight"].float()
+    found = deltas(out, base)[name.removeprefix("model.")]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    given, plain = tmp_path / "dora.safetensors", tmp_path / "plain.safetensors"
+    adapters = adapters_for(base, only=lambda path: "attn1.to_q" in path, dora="output")
+    save_tensors(to_tensors(LoRAFile(adapters, names=base.table)), given)
+    assert run("convert", given, "--plain", "--energy", "1", "--base", before, "--out", plain) == 0
+    ((path, adapter),) = adapters.items()
+    wanted = adapter.difference(eight[f"{name}.weight"].float())
+    torch.testing.assert_close(deltas(plain, base)[path], wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_parts_can_be_left_out_and_sizes_asked_for(base, tmp_path, capsys):
     tuned = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in weights().items()}
     after = tmp_path / "tuned.safetensors"
@@ -228,7 +286,7 @@ def test_parts_can_be_left_out_and_sizes_asked_for(base, tmp_path, capsys):
     assert run("extract", after, base.file.path, "--out", tmp_path / "x.safetensors") == 1
     assert "give either --rank" in capsys.readouterr().err
     assert run("extract", base.file.path, base.file.path, "--rank", "2", "--out", tmp_path / "x.safetensors") == 1
-    assert "does not differ from" in capsys.readouterr().err
+    assert "the same in both models" in capsys.readouterr().err
 
 
 def test_other_architectures_and_files_that_are_no_models(base, tmp_path, capsys):
@@ -283,12 +341,13 @@ def test_several_files_into_a_folder(loras, base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers", "lycoris", "native"])
-def test_convert(dialect, loras, base, tmp_path):
+def test_convert(dialect, loras, base, tmp_path, capsys):
     (one, adapters), _ = loras
     out = tmp_path / "out.safetensors"
     command = ("convert", one, "--dialect", dialect, "--precision", "float16", "--base", base.file.path, "--out", out)
     assert run(*command) == 0
     assert load_tensors(out).metadata["loom.dialect"] == dialect
+    assert "energy" not in capsys.readouterr().out and "energy" not in load_tensors(out).metadata["loom.tool"]
     for path, change in deltas(out, base).items():
         assert (change - adapters[path].delta()).norm() / change.norm() < 2e-3
 
@@ -310,6 +369,21 @@ def test_convert_to_plain_loras(base, tmp_path, capsys):
 
 
 # -- writing
+
+
+def test_a_configuration_is_not_overwritten_either(base, tmp_path, capsys):
+    adapters = adapters_for(base, only=lambda path: path.startswith("diffusion_model.") and "attn" in path)
+    given, out = tmp_path / "given.safetensors", tmp_path / "peft" / "adapter_model.safetensors"
+    save_tensors(to_tensors(LoRAFile(adapters, names=base.table)), given)
+    config = out.with_name("adapter_config.json")
+    out.parent.mkdir()
+    config.write_text("precious")
+    command = ("convert", given, "--dialect", "peft", "--base", base.file.path, "--out", out)
+    assert run(*command) == 1
+    assert f"{config} is there already; give another --out, or --overwrite" in capsys.readouterr().err
+    assert config.read_text() == "precious" and not out.exists()
+    assert run(*command, "--overwrite") == 0 and json.loads(config.read_text())["peft_type"] == "LORA"
+    assert run("convert", given, "--out", tmp_path / "adapter_model.safetensors") == 0  # has none
 
 
 def test_an_interrupted_write_leaves_nothing(loras, tmp_path, monkeypatch, capsys):
@@ -339,6 +413,22 @@ def test_the_keyboard_stops_it(loras, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lora_loom.kernels.tools.command_line.merge", stop)
     assert run("merge", loras[0][0], "--out", tmp_path / "out.safetensors") == 130
     assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_was_finished_before_is_told(loras, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    resized, asked = command_line.resize, []
+
+    def stop_at_the_second(*arguments, **options):
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return resized(*arguments, **options)
+
+    monkeypatch.setattr(command_line, "resize", stop_at_the_second)
+    assert run("resize", *(path for path, _ in loras), "--rank", "1", "--out", out) == 130
+    assert capsys.readouterr().err == f"interrupted; finished by then: {out / 'lora-1.safetensors'}\n"
+    assert [path.name for path in out.iterdir()] == ["lora-1.safetensors"]
 
 
 # -- checkpoints
@@ -392,3 +482,60 @@ def test_a_file_is_read_tensor_by_tensor_and_never_held(tmp_path):
     moved.unlink()
 
 
+def test_what_is_empty_or_in_vain_is_told(loras, base, tmp_path, capsys):
+    target = str(tmp_path / "made.safetensors")
+    assert main(["merge", *(str(path) for path, _ in loras), "--strengths", "0", "0", "--out", target]) == 1
+    assert "nothing is left that a LoRA could hold" in capsys.readouterr().err
+    same = str(tmp_path / "base.safetensors")
+    assert main(["extract", same, same, "--rank", "4", "--out", target]) == 1
+    assert "the same in both models" in capsys.readouterr().err and not Path(target).exists()
+    assert main(["merge", *(str(path) for path, _ in loras), "--density", "0.3", "--seed", "5", "--out", target]) == 0
+    told = capsys.readouterr().out
+    assert "density: no effect with concat" in told and "seed: no effect with concat" in told
+
+
+def test_negative_strengths_with_more_behind_them(loras, base, tmp_path):
+    target = tmp_path / "made.safetensors"
+    given = [str(path) for path, _ in loras]
+    assert main(["merge", *given, "--strengths", "-0.5:te=0", "-1", "--out", str(target)]) == 0
+    assert json.loads(load_tensors(target).metadata["loom.tool"])["parents"][0]["strength"] == "-0.5:te=0"
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "0", "-3"])
+def test_sizes_that_mean_nothing(loras, tmp_path, size, capsys):
+    path = str(loras[0][0])
+    assert main(["resize", path, f"--megabytes={size}", "--out", str(tmp_path / "made.safetensors")]) == 1
+    assert capsys.readouterr().err.startswith("error: megabytes is")
+
+
+def test_a_size_counts_the_precision_of_the_file(base, tmp_path):
+    half, _ = in_precision(LoRAFile(adapters_for(base, rank=8), names=base.table), torch.float16)
+    path, sizes = write_lora(half, tmp_path / "half.safetensors"), []
+    for precision in ("as given", "float16"):
+        target = tmp_path / f"{precision}.safetensors"
+        assert main(["resize", str(path), "--megabytes", "0.01", "--precision", precision, "--out", str(target)]) == 0
+        sizes.append(sum(tensor.nbytes for tensor in load_tensors(target).values()))
+    assert sizes[0] == sizes[1] > 2000
+
+
+def test_parameters_at_the_top_are_extracted(tmp_path):
+    plain = {name.removeprefix("model.diffusion_model."): t for name, t in weights(text=False).items()}
+    plain = {name: tensor for name, tensor in plain.items() if not name.startswith("first_stage_model")}
+    plain |= {"scale_shift_table": torch.randn(2, WIDE), "betas": torch.rand(1000)}
+    moved = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in plain.items()}
+    paths = [save_tensors(state, tmp_path / f"{name}.safetensors") for name, state in (("b", plain), ("t", moved))]
+    target = tmp_path / "made.safetensors"
+    assert main(["extract", str(paths[1]), str(paths[0]), "--rank", "4", "--out", str(target)]) == 0
+    keys = list(load_tensors(target))
+    assert any("scale_shift_table" in key for key in keys) and not any("betas" in key for key in keys)
+
+
+def test_a_terminal_of_few_letters(odd_folder, loras, tmp_path):
+    target = tmp_path / "猫.safetensors"
+    shutil.copy(loras[0][0], target)
+    done = subprocess.run(
+        [sys.executable, str(odd_folder / "run.py"), "inspect", str(target)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
+    assert done.returncode == 0 and b"\\u732b" in done.stdout, done.stderr

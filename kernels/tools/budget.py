@@ -2,8 +2,8 @@
 
 * ``Budget``: what a LoRA may take, as an average rank or in bytes.
 * ``Layer``: what is known of a layer before its rank is: the first of its singular values and vectors.
+* ``decomposed``: a matrix → its ``Layer``, with the error that the first ones leave, measured.
 * ``ranks``: how many of them each layer keeps; ``decided``: the same for a ``Cut`` or a ``Budget``.
-* ``told``: any sequence, with its progress.
 
 A rank of a layer (m, n) takes m + n numbers and adds S² to what is retained. The S² of a layer fall, so the gains are
 concave, and taking the greatest S² / (m + n) of all layers first is the best for the size that is reached; what is left
@@ -14,21 +14,19 @@ for the same budget has less than one rank's energy more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..low_rank import Cut, LowRank, as_lora
+from ..low_rank import Cut, LowRank, as_lora, distance, size, truncated
 from .outcome import LayerOutcome
 
+MEGABYTE = 10**6
 WIDEST = 4  # times the average rank: no layer gets more, so that what is kept meanwhile is bounded
 ALPHA, LINE, LINES = 4, 120, 3  # bytes: alpha, a line of the file's table besides the name, lines per layer
-_Item = TypeVar("_Item")
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,12 @@ class Budget:
             raise ValueError(f"bytes is {self.bytes!r}, expected at least 1")
         if self.itemsize not in (1, 2, 4, 8):
             raise ValueError(f"itemsize is {self.itemsize!r}, expected 1, 2, 4 or 8 bytes for a number")
+
+    @classmethod
+    def of_megabytes(cls, megabytes: float, itemsize: int) -> Budget:
+        if not 1 <= megabytes * MEGABYTE < 2**62:
+            raise ValueError(f"megabytes is {megabytes}, expected the size of a file")
+        return cls(bytes=int(megabytes * MEGABYTE), itemsize=itemsize)
 
     def numbers(self, matrices: Mapping[str, tuple[int, int]], carried: Mapping[str, int]) -> int:
         """How many numbers the factors of ``matrices`` may have, beside as many of another kind as are ``carried``."""
@@ -101,6 +105,32 @@ class Layer:
         return LayerOutcome(self.path, rank, self.before, self.norm, error)
 
 
+def decomposed(
+    path: str,
+    shape: Sequence[int],
+    matrix: LowRank | Tensor,
+    cut: Cut,
+    exact: bool = False,
+    own: Adapter | None = None,
+) -> Layer:
+    """The best approximation of ``matrix`` that ``cut`` asks for; ``exact`` as in ``truncated``.
+
+    Norm and error are of one kind: of factors from all their singular values, else both measured. Raises ValueError
+    naming the layer where numbers are not finite.
+    """
+    try:
+        factors, values = truncated(matrix, cut, exact)
+    except ValueError as error:
+        raise ValueError(f"{path[:200]}: {error}") from error
+    if isinstance(matrix, LowRank) and len(values) >= min(matrix.rank, *matrix.shape):
+        norm, lost = values.double().norm().item(), values[factors.rank :].double().norm().item()
+    else:
+        dense = matrix.dense() if isinstance(matrix, LowRank) else matrix
+        norm, lost = size(dense), distance(dense, factors)
+    before = matrix.rank if isinstance(matrix, LowRank) else None
+    return Layer(path, tuple(shape), factors, values[: factors.rank], norm, lost, before, own)
+
+
 def ranks(layers: Sequence[Layer], numbers: int) -> list[int]:
     """How many ranks each of ``layers`` keeps of those it has, within so many ``numbers`` for all."""
     costs = torch.tensor([sum(layer.factors.shape) for layer in layers])
@@ -126,16 +156,3 @@ def decided(layers: Sequence[Layer], cut: Cut | Budget, carried: Mapping[str, in
     full = kept.count(most)
     notes = [f"the budget gives {none} layers no rank; they are left out"] if none else []
     return kept, notes + ([f"{full} layers have rank {most}, the greatest within this budget"] if full else [])
-
-
-def told(
-    items: Sequence[_Item], progress: Progress | None, first: int = 0, total: int | None = None
-) -> Iterator[_Item]:
-    """``items``, and ``progress(done, total)`` before each and after the last; it may raise to stop."""
-    total = len(items) if total is None else total
-    for done, item in enumerate(items, first):
-        if progress:
-            progress(done, total)
-        yield item
-    if progress:
-        progress(first + len(items), total)

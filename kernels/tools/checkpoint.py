@@ -57,6 +57,14 @@ _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
+_SCHEDULE = frozenset(  # of the noise, where it stands beside the model
+    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
+    "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "
+    "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar sigmas log_sigmas v_pred "
+    "ztsnr".split()
+)
+
+
 @dataclass(frozen=True)
 class _Place:
     """A tensor of the file, some of its rows (start, length), or the whole of it turned."""
@@ -130,7 +138,7 @@ class Checkpoint:
 def _diffusion(shapes: Mapping[str, object]) -> Iterator[tuple[str, _Place]]:
     prefix = next((start for start in _DIFFUSION if any(name.startswith(start) for name in shapes)), "")
     for name in shapes:
-        if name.startswith(prefix) and (prefix or ("." in name and not name.startswith(_BESIDE))):
+        if name.startswith(prefix) and (prefix or not (name in _SCHEDULE or name.startswith(_BESIDE))):
             yield MODEL_PREFIX + name.removeprefix(prefix), _Place(name)
 
 

@@ -9,34 +9,38 @@ its header tells what layers are called, its weights are read one by one where a
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from ..low_rank import Cut
 from ..names import NameTable
 from ..peft_config import beside
 from ..reading import LoRAFile, read_lora
 from ..safetensors_io import LoraModel, load_tensors
-from ..writing import DIALECTS, write_lora
+from ..writing import DIALECTS, config_of, write_lora
 from .baked import layout_of, parse_strength, part_of
 from .budget import Budget
 from .checkpoint import Checkpoint
 from .convert import plain
-from .deltas import Weights
+from .deltas import Progress, Weights
 from .extract import extract
-from .finishing import AS_GIVEN, PRECISIONS, digest, finished, precision_of
+from .finishing import AS_GIVEN, PRECISIONS, digest, finished, precision_of, written_in
 from .inspect import inspect
-from .merge import MAJORITIES, METHODS, Ingredient, merge
+from .merge import MAJORITIES, METHODS, Ingredient, merge, without_effect
 from .outcome import Outcome
 from .pairing import changes_between
 from .provenance import Parent
 from .resize import resize
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
-MEGABYTE, SUFFIX = 10**6, ".safetensors"
+SUFFIX = ".safetensors"
 _EPILOG = "Strengths are written as behind the name in a prompt's tag: 0.7, or 0.7:te=0.3:blocks=in=0.5;double.3-8=0."
 
 
@@ -48,21 +52,29 @@ class _Read:
     tensors: LoraModel
     file: LoRAFile
 
-    def parent(self, strength: str = "1") -> Parent:
-        return Parent(self.path.name, digest(self.tensors), strength, self.tensors.metadata)
+    def parent(self, strength: str = "1", acts: bool = True) -> Parent:
+        return Parent(self.path.name, digest(self.tensors), strength, self.tensors.metadata, acts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show are no failure
     chosen = _parser().parse_args(arguments)
+    chosen.written = []
     try:
         chosen.run(chosen)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return FAILED
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was written\n")
+        sys.stderr.write(f"interrupted; {_written(chosen.written)}\n")
         return INTERRUPTED
     return DONE
+
+
+def _written(files: Sequence[Path]) -> str:
+    return f"finished by then: {', '.join(map(str, files))}" if files else "nothing was written"
 
 
 # -- what there is
@@ -78,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     found = _command(commands, "merge", _merge, "make one LoRA of several", _EPILOG)
     found.add_argument("files", nargs="+", metavar="FILE")
+    found._negative_number_matcher = re.compile(r"-\.?\d")  # a strength such as -0.5:te=0 is no option
     found.add_argument("--strengths", nargs="+", default=[], metavar="TEXT", help="one for each FILE; without: 1")
     found.add_argument("--method", choices=METHODS, default="concat", help=_told(METHODS))
     _amount(found)
@@ -182,15 +195,16 @@ def _merge(chosen: argparse.Namespace) -> None:
     cut = _cut(chosen)
     how = {"density": chosen.density, "majority": chosen.majority, "seed": chosen.seed}
     outcome = merge(ingredients, chosen.method, cut, _weights(base), **how, exact=False, progress=_bar())
-    parents = [lora.parent(text) for lora, text in zip(read, texts, strict=True)]
-    tensors = [tensor for lora in read for tensor in lora.tensors.values()]
+    parents = [lora.parent(text, each.acts) for lora, text, each in zip(read, texts, ingredients, strict=True)]
+    tensors = [item for lora in read for item in lora.tensors.items()]
+    notes += without_effect(chosen.method, **how)
     _write(chosen, target, outcome, parents, {"method": chosen.method, **how, **_options(cut)}, tensors, notes=notes)
 
 
 def _extract(chosen: argparse.Namespace) -> None:
     (target,) = _targets(chosen, [chosen.tuned])
     tuned, base = Checkpoint(chosen.tuned), Checkpoint(chosen.base)
-    cut, notes = _amount_of(chosen), list[str]()
+    cut, notes = _amount_of(chosen, []), list[str]()
     lacking = [encoder for encoder in base.encoders if encoder not in tuned.encoders]
     if lacking or not base.encoders:
         without = f"{' and '.join(lacking)} is not in {tuned.name}" if lacking else f"there are none in {base.name}"
@@ -211,20 +225,18 @@ def _extract(chosen: argparse.Namespace) -> None:
         metadata={"modelspec.architecture": f"{kind}/lora"} if kind else {},
         progress=_bar(),
     )
-    if not outcome.file.adapters:
-        raise ValueError(f"{tuned.name} does not differ from {base.name}; give another checkpoint")
     parents = [Parent(tuned.name), Parent(base.name, strength="-1")]
     told = {"min_change": chosen.min_change, "clamp_quantile": chosen.clamp_quantile, **_options(cut)}
     _write(chosen, target, outcome, parents, told, [], chosen.dialect or "native", notes + said)
 
 
 def _resize(chosen: argparse.Namespace) -> None:
-    cut = _amount_of(chosen)
     base = _checkpoint(chosen)
     for target, path in zip(_targets(chosen, chosen.files), chosen.files, strict=True):
         lora = _read(path, base)
+        cut = _amount_of(chosen, lora.tensors.items())
         outcome = resize(_whole(lora), cut, _weights(base), progress=_bar())
-        _write(chosen, target, outcome, [lora.parent()], _options(cut), list(lora.tensors.values()))
+        _write(chosen, target, outcome, [lora.parent()], _options(cut), list(lora.tensors.items()))
 
 
 def _convert(chosen: argparse.Namespace) -> None:
@@ -236,11 +248,11 @@ def _convert(chosen: argparse.Namespace) -> None:
     for target, path in zip(_targets(chosen, chosen.files), chosen.files, strict=True):
         lora = _read(path, base)
         file = _whole(lora)
-        outcome = plain(file, cut, _weights(base), _bar()) if chosen.plain else Outcome(file, ())
+        outcome = plain(file, cut, _weights(base), _bar()) if chosen.plain else Outcome(file, (), tuple(file.notes))
         spelled = "diffusers" if any(".lora_A." in key for key in lora.tensors) else "native"
         told = {"dialect": chosen.dialect, "plain": chosen.plain, **_options(cut)}
         dialect = chosen.dialect or spelled
-        _write(chosen, target, outcome, [lora.parent()], told, list(lora.tensors.values()), dialect)
+        _write(chosen, target, outcome, [lora.parent()], told, list(lora.tensors.items()), dialect)
 
 
 # -- in and out
@@ -293,13 +305,15 @@ def _targets(chosen: argparse.Namespace, sources: Sequence[str]) -> list[Path]:
     for target in targets:
         if target.suffix.lower() != SUFFIX:
             raise ValueError(f"--out {target} is no {SUFFIX} file; write one")
-        _check_free(target, chosen.overwrite)
+        _check_free(target, chosen)
     return targets
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} is there already; give another --out, or --overwrite")
+def _check_free(target: Path, chosen: argparse.Namespace) -> None:
+    beside = config_of(target, getattr(chosen, "dialect", None) or "")
+    there = next((path for path in (target, beside) if path is not None and path.exists()), None)
+    if there is not None and not chosen.overwrite:
+        raise ValueError(f"{there} is there already; give another --out, or --overwrite")
 
 
 def _write(
@@ -308,18 +322,21 @@ def _write(
     outcome: Outcome,
     parents: Sequence[Parent],
     options: dict[str, object],
-    given: Sequence,
+    given: Sequence[tuple[str, Tensor]],
     dialect: str = "native",
     notes: Sequence[str] = (),
 ) -> None:
+    outcome = replace(outcome, notes=(*outcome.notes, *notes))
     file, said = finished(
         outcome, chosen.command, parents, options, chosen.precision, precision_of(given) if given else None
     )
-    _check_free(target, chosen.overwrite)  # it may have come in the meantime
+    _check_free(target, chosen)  # it may have come in the meantime
     write_lora(file, target, dialect)
-    lines = [*outcome.lines(), *said, *notes]
+    chosen.written.append(target)
+    lines = [*outcome.lines(), *said]
     if chosen.json:
-        _say(json.dumps({"file": str(target), "energy": outcome.energy, "notes": lines}, ensure_ascii=False))
+        energy = {"energy": outcome.energy} if outcome.layers else {}
+        _say(json.dumps({"file": str(target), **energy, "notes": lines}, ensure_ascii=False))
     else:
         _say("\n".join([f"{target}", *(f"  {line}" for line in lines)]))
 
@@ -331,16 +348,17 @@ def _cut(chosen: argparse.Namespace) -> Cut | None:
     return Cut(chosen.rank, chosen.energy, ratio, cumulative)
 
 
-def _amount_of(chosen: argparse.Namespace) -> Cut | Budget:
+def _amount_of(chosen: argparse.Namespace, given: Iterable[tuple[str, Tensor]]) -> Cut | Budget:
+    """``given``: the numbers whose precision is "as given"."""
     cut = _cut(chosen)
     budget = [value for value in (chosen.average_rank, chosen.megabytes) if value is not None]
     if (cut is not None) + len(budget) != 1:
         raise ValueError("give either --rank, --energy and the like, or --average-rank, or --megabytes")
     if cut is not None:
         return cut
-    itemsize = 2 if chosen.precision in ("float16", "bfloat16") else 4
+    itemsize = written_in(chosen.precision, given).itemsize
     if chosen.megabytes is not None:
-        return Budget(bytes=int(chosen.megabytes * MEGABYTE), itemsize=itemsize)
+        return Budget.of_megabytes(chosen.megabytes, itemsize)
     return Budget(average_rank=chosen.average_rank, itemsize=itemsize)
 
 
@@ -348,7 +366,7 @@ def _options(cut: Cut | Budget | None) -> dict[str, object]:
     return {} if cut is None else {name: value for name, value in vars(cut).items() if value is not None}
 
 
-def _bar() -> Callable[[int, int], None]:
+def _bar() -> Progress:
     """Percents on a terminal, nothing elsewhere."""
 
     def tick(done: int, total: int) -> None:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter import Adapter, wide
 from ..compose import Sliced, Sum, Swapped, Wrapper, swapped
-from ..control import Replacement, Widened
+from ..control import SET_WEIGHT, Replacement, Widened
 from ..dora import SCALE
 from ..full import Full
 from ..glora import A1, A2, B1, B2
@@ -36,10 +36,24 @@ from ..loha import khatri_rao
 from ..lokr import PARTS as LOKR
 from ..lokr import LoKr
 from ..lora import DOWN, MID, UP, LoRA
-from ..low_rank import Cut, LowRank, as_lora, changes_bias_only, factors_of, remainder, truncated, whole
+from ..low_rank import NOT_FINITE, Cut, LowRank, as_lora, changes_bias_only, distance, factors_of, size, whole
 from ..reading import LoRAFile
 from ..rotations import RESCALE
-from .deltas import bias, dense, scales_bias, shape_at
+from ..tlora import PARTS as TLORA
+from .budget import decomposed
+from .deltas import (
+    Progress,
+    Weights,
+    apart,
+    bias,
+    dense,
+    joined,
+    scales_bias,
+    shape_at,
+    stays_difference,
+    told,
+)
+from .outcome import EXACT as UNSEEN
 from .outcome import LayerOutcome, Outcome
 
 ENERGY = 0.9999  # of ‖ΔW‖², where a layer is of full rank: an error of 1 % of its difference
@@ -49,10 +63,9 @@ PRECISIONS = {
 }  # the last is read by ComfyUI's own loaders and by this pack, by few others
 # ΔW knows only the product of these
 _PRODUCTS = ((DOWN, MID, UP), LOHA, LOKR, (A1, A2), (B1, B2))
-# what multiplies the weight itself: rounded, it would move more than a whole adapter does
-_GAINS = frozenset({SCALE, RESCALE, FACTORS})
+# what multiplies the weight itself, or stands in its place: rounded, it would move more than a whole adapter does
+GAINS = frozenset({SCALE, RESCALE, FACTORS, SET_WEIGHT, *TLORA})
 _NESTED = re.compile(r"(?:\d+\.)*")
-_Weight = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,8 +82,8 @@ class _Made:
 def plain(
     file: LoRAFile,
     cut: Cut | None = None,
-    weights: Callable[[str], Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    weights: Weights | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """``file`` with every layer as a LoRA. ``cut``: what stays of layers that are none yet; None as it says above.
 
@@ -80,10 +93,8 @@ def plain(
     adapters: dict[str, Adapter] = {}
     layers: list[LayerOutcome] = []
     kept: Counter[str] = Counter()
-    for done, (path, adapter) in enumerate(file.adapters.items()):
-        if progress:
-            progress(done, len(file.adapters))
-        if _is_vector(adapter) or changes_bias_only(adapter):
+    for path, adapter in told(list(file.adapters.items()), progress):
+        if stays_difference(path, adapter):
             adapters[path] = adapter
             continue
         shape = shape_at(path, [adapter], file.names, weights)
@@ -95,9 +106,7 @@ def plain(
         kept["as it is"] += not converted
         kept["nothing"] += made.adapter is None
         kept["large"] += converted and made.rank * (shape[0] + math.prod(shape[1:])) > math.prod(shape)
-    if progress:
-        progress(len(file.adapters), len(file.adapters))
-    return Outcome(replace(file, adapters=adapters), tuple(layers), tuple(_notes(file, kept, cut)))
+    return Outcome(replace(file, adapters=adapters), tuple(layers), (*file.notes, *_notes(file, kept, cut)))
 
 
 def in_precision(file: LoRAFile, dtype: torch.dtype) -> tuple[LoRAFile, list[str]]:
@@ -117,12 +126,13 @@ def in_precision(file: LoRAFile, dtype: torch.dtype) -> tuple[LoRAFile, list[str
         (beyond, f"numbers beyond {name}, which ends at {end:g}; kept as they were"),
         (balanced, f"numbers that {name} cannot hold; the factors were balanced, with the same product"),
         (list(lost), f"numbers too small for {name} are lost, up to {max(lost.values(), default=0):.1%} of a tensor"),
-        (gains, "norms and factors of the weight itself stay as they were, since rounding them moves all of it"),
+        (gains, "norms, factors and values of the weight itself stay as they were: rounding them moves all of it"),
     )
     notes = [f"{_some(paths)}: {what}" for paths, what in found if paths]
-    if dtype.itemsize == 1:
-        worst = max((cast.error for cast in casts.values()), default=0.0)
-        notes.append(f"{name} rounds tensors by up to {worst:.1%}; few programs besides ComfyUI read it")
+    worst = max((cast.error for path, cast in casts.items() if path not in lost), default=0.0)
+    if worst**2 > UNSEEN:
+        few = "; few programs besides ComfyUI read it" if dtype.itemsize == 1 else ""
+        notes.append(f"{name} rounds tensors by up to {worst:.1%}{few}")
     if casts and all(cast.grows for cast in casts.values()):
         notes.append(f"{name} holds no more than the file did: it only grows")
     return replace(file, adapters={path: cast.adapter for path, cast in casts.items()}, embeddings=words), notes
@@ -141,11 +151,13 @@ def _some(paths: Sequence[str]) -> str:
 # -- to plain LoRAs
 
 
-def _made(path: str, adapter: Adapter, shape: Sequence[int], weight: _Weight | None, cut: Cut | None) -> _Made:
+def _made(path: str, adapter: Adapter, shape: Sequence[int], weight: Weights | None, cut: Cut | None) -> _Made:
     """``weight`` of ``shape`` is that of the rows which the adapter is on."""
     if _is_plain(adapter):
         known = factors_of(adapter)
         norm, rank = (0.0, 0) if known is None else (known.norm(), known.rank)
+        if not math.isfinite(norm):
+            raise ValueError(f"{path[:200]}: {NOT_FINITE}")
         idle = known is not None and not norm and adapter.merged_bias(None) is None
         return _Made(None if idle else _with_true_alpha(adapter), rank, rank, norm, 0.0)
     if isinstance(adapter, Replacement):  # stays what it is
@@ -157,17 +169,15 @@ def _made(path: str, adapter: Adapter, shape: Sequence[int], weight: _Weight | N
         return _again(_made(path, adapter.inner, shape, weight and _then(weight, swapped), cut), Swapped)
     if isinstance(adapter, Sliced):
         return _of_rows(path, adapter, shape, weight, cut)
-    if isinstance(adapter, Sum) and _apart(adapter.parts):  # q, k and v of a fused layer stay three
+    if isinstance(adapter, Sum) and apart(adapter.parts):  # q, k and v of a fused layer stay three
         parts = [_made(path, part, shape, weight, cut) for part in adapter.parts]
-        written = [part.adapter for part in parts if part.adapter is not None]
         before = None if any(part.before is None for part in parts) else sum(part.before or 0 for part in parts)
         norm, error = (math.hypot(*(getattr(part, name) for part in parts)) for name in ("norm", "error"))
-        joined = (written[0] if len(written) == 1 else Sum(written)) if written else None
-        return _Made(joined, sum(part.rank for part in parts), before, norm, error)
+        return _Made(joined(part.adapter for part in parts), sum(part.rank for part in parts), before, norm, error)
     return _as_lora(path, adapter, shape, weight, cut)
 
 
-def _of_rows(path: str, adapter: Sliced, shape: Sequence[int], weight: _Weight | None, cut: Cut | None) -> _Made:
+def _of_rows(path: str, adapter: Sliced, shape: Sequence[int], weight: Weights | None, cut: Cut | None) -> _Made:
     start, length = adapter.start, adapter.length
     rows = weight and _then(weight, lambda whole: whole.narrow(0, start, length))
     made = _made(path, adapter.inner, (length, *shape[1:]), rows, cut)
@@ -178,45 +188,43 @@ def _again(made: _Made, wrap: Callable[[Adapter], Adapter]) -> _Made:
     return made if made.adapter is None else replace(made, adapter=wrap(made.adapter))
 
 
-def _then(weight: _Weight, change: Callable[[Tensor], Tensor]) -> _Weight:
+def _then(weight: Weights, change: Callable[[Tensor], Tensor]) -> Weights:
     return lambda path: change(weight(path))
 
 
-def _as_lora(path: str, adapter: Adapter, shape: Sequence[int], weight: _Weight | None, cut: Cut | None) -> _Made:
+def _as_lora(path: str, adapter: Adapter, shape: Sequence[int], weight: Weights | None, cut: Cut | None) -> _Made:
     """One layer as one LoRA, with its difference of the bias."""
     known = factors_of(adapter)
-    try:
-        if known is not None:
-            matrix, norm, lost = _of_low_rank(known, cut)
-        elif isinstance(adapter, LoKr):
-            matrix, norm, lost = _of_kronecker(adapter, cut)
-        else:
-            matrix, norm, lost = _of_dense(_difference(path, adapter, tuple(shape), weight), cut)
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
-    parts: list[Adapter] = []
-    if matrix.rank:
-        parts.append(as_lora(LowRank(matrix.up.float(), matrix.down.float()), shape))
+    if known is not None:
+        matrix, norm, lost = _of_low_rank(path, known, cut)
+    elif isinstance(adapter, LoKr):
+        matrix, norm, lost = _of_kronecker(path, adapter, cut)
+    else:
+        matrix, norm, lost = _of_dense(path, _difference(path, adapter, tuple(shape), weight), cut)
     moved = bias(path, adapter)
-    if moved is not None:
-        parts.append(Full({"diff_b": moved}, shape))
-    made = (parts[0] if len(parts) == 1 else Sum(parts)) if parts else None
+    made = joined((
+        as_lora(LowRank(matrix.up.float(), matrix.down.float()), shape) if matrix.rank else None,
+        None if moved is None else Full({"diff_b": moved}, shape),
+    ))  # fmt: skip
     return _Made(made, matrix.rank, known.rank if known else None, norm, lost)
 
 
-def _of_low_rank(known: LowRank, cut: Cut | None) -> tuple[LowRank, float, float]:
+def _of_low_rank(path: str, known: LowRank, cut: Cut | None) -> tuple[LowRank, float, float]:
     """(what stays of it, its norm, the error)."""
-    matrix, values = truncated(known, cut or Cut(rank=max(known.rank, 1)))
-    if cut is None and _larger(matrix):
-        kept = Cut(energy=ENERGY).of(values)
-        matrix = LowRank(matrix.up[:, :kept], matrix.down[:kept])
-    return matrix, values.norm().item(), remainder(known, values, matrix.rank)
+    layer = decomposed(path, known.shape, known, cut or Cut(rank=max(known.rank, 1)))
+    rank = layer.factors.rank
+    if cut is None and rank * sum(known.shape) > math.prod(known.shape):  # more numbers than the matrix has
+        rank = Cut(energy=ENERGY).of(layer.values)
+    outcome = layer.outcome(rank)
+    return LowRank(layer.factors.up[:, :rank], layer.factors.down[:rank]), outcome.norm, outcome.error
 
 
-def _of_kronecker(adapter: LoKr, cut: Cut | None) -> tuple[LowRank, float, float]:
+def _of_kronecker(path: str, adapter: LoKr, cut: Cut | None) -> tuple[LowRank, float, float]:
     """The singular vectors of w1 ⊗ w2 are the products of those of w1 and w2."""
     w1, outer, low = adapter.halves()
     w2 = outer if low is None else outer @ low
+    if not (w1.isfinite().all() and w2.isfinite().all()):
+        raise ValueError(f"{path[:200]}: {NOT_FINITE}")
     (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(half.double(), full_matrices=False) for half in (w1, w2))
     values, order = (abs(adapter.scale) * s1[:, None] * s2).flatten().sort(descending=True, stable=True)
     kept = (cut or Cut(rank=len(values))).of(values)
@@ -229,26 +237,22 @@ def _of_kronecker(adapter: LoKr, cut: Cut | None) -> tuple[LowRank, float, float
     return LowRank(up, down), values.norm().item(), values[kept:].norm().item()
 
 
-def _of_dense(delta: Tensor, cut: Cut | None) -> tuple[LowRank, float, float]:
+def _of_dense(path: str, delta: Tensor, cut: Cut | None) -> tuple[LowRank, float, float]:
     """From ΔW in float64."""
     rows = delta.flatten(1)
-    norm = rows.norm().item()
+    if not rows.isfinite().all():
+        raise ValueError(f"{path[:200]}: {NOT_FINITE}")
     found = whole(rows, RANKS, EXACT) if cut is None else None
     if found is not None:
-        return found, norm, (rows - found.dense()).norm().item()
-    matrix, values = truncated(rows.float(), cut or Cut(energy=ENERGY), exact=False)
-    return matrix, norm, remainder(rows, values, matrix.rank)
+        return found, size(rows), distance(rows, found)
+    layer = decomposed(path, delta.shape, rows.float(), cut or Cut(energy=ENERGY))
+    return layer.factors, layer.norm, layer.error
 
 
-def _difference(path: str, adapter: Adapter, shape: tuple[int, ...], weight: _Weight | None) -> Tensor:
+def _difference(path: str, adapter: Adapter, shape: tuple[int, ...], weight: Weights | None) -> Tensor:
     """ΔW in float64, since the rounding of float32 is of full rank."""
     wide_weight = weight and _then(weight, lambda tensor: tensor.double())
     return dense(path, adapter.to(dtype=torch.float64), shape, wide_weight).double()
-
-
-def _larger(matrix: LowRank) -> bool:
-    """Whether the factors hold more numbers than the matrix."""
-    return matrix.rank * sum(matrix.shape) > math.prod(matrix.shape)
 
 
 def _is_plain(adapter: Adapter) -> bool:
@@ -275,17 +279,6 @@ def _with_true_alpha(adapter: Adapter) -> Adapter:
     true = copy.copy(adapter)
     true.alpha = float(adapter.rank)
     return true
-
-
-def _is_vector(adapter: Adapter) -> bool:
-    """Whether it is on a norm or another parameter that is no matrix."""
-    return adapter.shape is not None and len(adapter.shape) < 2
-
-
-def _apart(parts: Sequence[Adapter]) -> bool:
-    """Whether all of them are on rows of their own."""
-    ends = sorted((part.start, part.start + part.length) for part in parts if isinstance(part, Sliced))
-    return len(ends) == len(parts) and all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
 
 
 def _notes(file: LoRAFile, kept: Counter[str], cut: Cut | None) -> list[str]:
@@ -322,7 +315,7 @@ class _Cast:
     @classmethod
     def of(cls, adapter: Adapter, dtype: torch.dtype) -> _Cast:
         floats = {name: tensor for name, tensor in adapter.tensors.items() if tensor.is_floating_point()}
-        gains = {name for name in floats if _part(name) in _GAINS and _is_wider(floats[name], dtype)}
+        gains = {name for name in floats if _part(name) in GAINS and _is_wider(floats[name], dtype)}
         values = {name: tensor for name, tensor in floats.items() if name not in gains}
         found = _balanced(values, dtype)
         error = max((_rounding(tensor, dtype) for tensor in found.values()), default=0.0)
@@ -330,7 +323,7 @@ class _Cast:
             return cls(adapter, beyond=True)
         cast = {name: tensor.to(dtype) for name, tensor in found.items()}
         changed = any(found[name] is not values[name] for name in found)
-        grows = not any(_is_wider(tensor, dtype) or tensor.dtype == dtype for tensor in values.values())
+        grows = not gains and not any(_is_wider(t, dtype) or t.dtype == dtype for t in values.values())
         return cls(adapter.with_tensors(adapter.tensors | cast), error, changed, gains=bool(gains), grows=grows)
 
 
@@ -356,7 +349,7 @@ def _balanced(values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 def _even(factors: Sequence[Tensor]) -> list[Tensor]:
     """Factors times powers of two that together are 1, their largest numbers as much alike as can be."""
-    factors = [factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors]
+    factors = [wide(factor) for factor in factors]
     sizes = [math.log2(factor.abs().max().item() or 1.0) for factor in factors]
     mean = sum(sizes) / len(sizes)
     shifts = [round(mean - size) for size in sizes]

@@ -11,26 +11,23 @@ it is stored in is left out. The error of a layer is measured, on the factors th
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
 from torch import Tensor
 
 from ..adapter import Adapter, wide
-from ..compose import Sum
 from ..full import Full
-from ..low_rank import Cut, LowRank, truncated
+from ..low_rank import Cut, LowRank, distance, pieces, size
 from ..names import NameTable
 from ..reading import LoRAFile
-from .budget import Budget, Layer, Progress, decided, told
+from .budget import Budget, Layer, decided, decomposed
+from .deltas import Progress, is_table, joined, told
 from .outcome import LayerOutcome, Outcome
 
-PIECE = 1 << 22  # numbers of a layer that are compared or measured at once
-_TABLE = re.compile(r"(?:token|position|positional|word|pos)_embed\w*|embed_tokens|embedding_table|shared|wte|wpe")
 _KINDS = {  # what becomes of a layer, where that is no LoRA
     "same": "the same in both models, left out",
     "rounding": "different by rounding alone, left out",
@@ -61,11 +58,6 @@ class Change:
         return is_table(self.path) if self.table is None else self.table
 
 
-def is_table(path: str) -> bool:
-    """Whether a layer is called as tables of embeddings are."""
-    return _TABLE.fullmatch(path.rpartition(".")[2]) is not None
-
-
 def extract(
     changes: Iterable[Change],
     cut: Cut | Budget,
@@ -92,7 +84,7 @@ def extract(
         raise ValueError(f"{twice[0][:200]}: is there twice; give each layer once")
     first, widest = 0, cut
     if isinstance(cut, Budget) and cut.bytes is not None:
-        sizes = [_size(change, min_change) for change in told(changes, progress, 0, 2 * len(changes))]
+        sizes = [_sizes(change, min_change) for change in told(changes, progress, 0, 2 * len(changes))]
         matrices = {path: shape for path, shape, _ in sizes if shape}
         widest = Cut(rank=cut.widest(matrices, {path: carried for path, _, carried in sizes if carried}))
         first = len(changes)
@@ -110,14 +102,13 @@ def extract(
     adapters: dict[str, Adapter] = {}
     outcomes = []
     for path, one in made.items():
-        parts: list[Adapter] = [one.layer.adapter(ranks[path])] if one.layer and ranks[path] else []
-        parts += [one.full] if one.full else []
-        if parts:
-            adapters[path] = parts[0] if len(parts) == 1 else Sum(parts)
+        adapter = joined((one.layer.adapter(ranks[path]) if one.layer and ranks[path] else None, one.full))
+        if adapter is not None:
+            adapters[path] = adapter
         if one.layer:
             outcomes.append(one.layer.outcome(ranks[path]))
         elif one.full and one.kind == "table":
-            outcomes.append(LayerOutcome(path, 0, None, _norm(one.full.delta()), 0.0))
+            outcomes.append(LayerOutcome(path, 0, None, size(one.full.delta()), 0.0))
     counts = Counter(one.kind for one in made.values())
     notes = [f"{counts[kind]} of {len(made)} layers: {text}" for kind, text in _KINDS.items() if counts[kind]] + notes
     architecture = names.architecture if names else None
@@ -150,16 +141,15 @@ def _made(change: Change, cut: Cut, min_change: float, clamp_quantile: float | N
     full = Full(found.parts, found.shape) if found.parts else None
     if found.matrix is None:
         return _Made(found.kind, None, full)
-    factors, values = truncated(found.matrix, cut, exact)
-    factors = LowRank(factors.up.cpu(), factors.down.cpu())
-    values = values[: factors.rank].cpu()
+    layer = decomposed(change.path, found.shape, found.matrix, cut, exact)
+    layer = replace(layer, factors=LowRank(layer.factors.up.cpu(), layer.factors.down.cpu()), values=layer.values.cpu())
     if clamp_quantile is not None:
-        factors = _clamped(factors, values, clamp_quantile)
-    error = distance(found.matrix, factors)
-    return _Made(found.kind, Layer(change.path, found.shape, factors, values, _norm(found.matrix), error), full)
+        factors = _clamped(layer.factors, layer.values, clamp_quantile)
+        layer = replace(layer, factors=factors, error=distance(found.matrix, factors))
+    return _Made(found.kind, layer, full)
 
 
-def _size(change: Change, min_change: float) -> tuple[str, tuple[int, int] | None, int]:
+def _sizes(change: Change, min_change: float) -> tuple[str, tuple[int, int] | None, int]:
     """(path, the shape of what becomes factors, how many numbers there are besides)."""
     found = _differences(change, min_change)
     shape = None if found.matrix is None else (len(found.matrix), found.matrix.shape[1])
@@ -174,7 +164,7 @@ def _differences(change: Change, min_change: float) -> _Found:
             parts["diff_b"] = bias.cpu()
     delta, kind, norm = _difference(change.path, change.before, change.after)
     shape = tuple(delta.shape)
-    if not kind and _norm(delta) < min_change * norm:
+    if not kind and size(delta) < min_change * norm:
         kind = "small"
     if kind:
         return _Found("bias" if parts else kind, shape, None, parts)
@@ -195,43 +185,23 @@ def _difference(path: str, before: Source, after: Source) -> tuple[Tensor, str, 
         raise ValueError(f"{path[:200]}: is stored as {old.dtype} and {new.dtype}; give weights that are not packed")
     old, new = old.detach().to(new.device), new.detach()
     delta = wide(new) - wide(old)
-    norm = _norm(delta)
+    norm = size(delta)
     if not math.isfinite(norm):
         raise ValueError(f"{path[:200]}: holds numbers that are not finite; one of the two models is damaged")
     kind = "same" if not norm else "rounding" if _is_rounding(delta, old, new) else ""
-    return delta, kind, _norm(old)
+    return delta, kind, size(old)
 
 
 def _is_rounding(delta: Tensor, old: Tensor, new: Tensor) -> bool:
     """Whether no number differs by more than one unit in the last place of the coarser type."""
-    coarse = max((torch.finfo(tensor.dtype) for tensor in (old, new)), key=lambda info: info.eps)
-    least = coarse.tiny * coarse.eps  # the steps of numbers next to zero
-    for part, one, other in zip(*(_pieces(tensor) for tensor in (delta, old, new)), strict=True):
+    kinds = [torch.finfo(tensor.dtype) for tensor in (old, new)]
+    coarse = max(kinds, key=lambda kind: kind.eps)
+    least = max(kind.tiny * kind.eps for kind in kinds)  # the steps of numbers next to zero
+    for part, one, other in zip(*(pieces(tensor) for tensor in (delta, old, new)), strict=True):
         unit = torch.maximum(wide(one).abs(), wide(other).abs()).mul_(coarse.eps).clamp_min_(least)
         if (part.abs() > unit).any():
             return False
     return True
-
-
-def _norm(tensor: Tensor) -> float:
-    return math.sqrt(sum(piece.double().square().sum().item() for piece in _pieces(tensor)))
-
-
-def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Rows, some at a time, so that nothing of the size of a layer is made."""
-    if not tensor.ndim:
-        return [tensor]
-    return tensor.split(max(1, PIECE * len(tensor) // max(tensor.numel(), 1)))
-
-
-def distance(matrix: Tensor, factors: LowRank) -> float:
-    """‖M − up · down‖, as it is."""
-    squares = 0.0
-    for rows, up in zip(
-        *(tensor.split(max(1, PIECE // matrix.shape[1])) for tensor in (matrix, factors.up)), strict=True
-    ):
-        squares += torch.addmm(rows, up.to(rows), factors.down.to(rows), alpha=-1).double().square().sum().item()
-    return math.sqrt(squares)
 
 
 def _clamped(factors: LowRank, values: Tensor, quantile: float) -> LowRank:

@@ -14,13 +14,15 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ..dora import PARTS as DORA
 from ..reading import LoRAFile
+from .convert import GAINS, in_precision
 from .convert import PRECISIONS as _DTYPES
-from .convert import in_precision
 from .outcome import Outcome
 from .provenance import Parent, with_parents
 
 AS_GIVEN = "as given"
+_OWN = tuple(f".{part}" for part in {*GAINS, *DORA})
 PRECISIONS = {
     AS_GIVEN: "that of what goes in, the widest of it",
     "float32": "exact, twice as large as the others",
@@ -40,6 +42,9 @@ def finished(
     """(what is to be written, what there is to say of it). ``given``: what ``AS_GIVEN`` is; None leaves all numbers."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {str(precision)[:60]!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if not outcome.file.adapters and not outcome.file.embeddings:
+        why = "; ".join(dict.fromkeys(outcome.notes)) or "nothing differs"
+        raise ValueError(f"{tool}: nothing is left that a LoRA could hold: {why}")
     dtype = given if precision == AS_GIVEN else _DTYPES[precision]
     file, notes = (outcome.file, []) if dtype is None else in_precision(outcome.file, dtype)
     told = {key: value for key, value in options.items() if value not in (None, "")}
@@ -47,9 +52,21 @@ def finished(
     return replace(file, metadata=metadata), notes
 
 
-def precision_of(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """The widest that LoRAs are written in of what floating numbers there are; None without any."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+def written_in(precision: str, given: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+    """What the numbers of a result are written in; ``given`` is what goes in."""
+    return (precision_of(given) if precision == AS_GIVEN else _DTYPES[precision]) or torch.float32
+
+
+def precision_of(tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype | None:
+    """The widest that LoRAs are written in of the floating numbers of files, or of adapters; None without any.
+
+    Single numbers, such as alpha, do not count, nor does what stays in a precision of its own (``in_precision``).
+    """
+    dtypes = {
+        tensor.dtype
+        for name, tensor in tensors
+        if tensor.is_floating_point() and tensor.numel() > 1 and not f".{name}".endswith(_OWN)
+    }
     if not dtypes:
         return None
     widest = reduce(torch.promote_types, (dtype if dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes))

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ from ..safetensors_io import LoraModel, load_tensors
 from ..sidecars import facts_about
 from ..strengths.components import UNET
 from ..unplaced import called
-from ..writing import WRITTEN_AS
+from ..writing import TOOL, WRITTEN_AS
+from .deltas import Progress, Weights, told
 from .fault_checks import Evidence
 from .faults import Finding, findings, shown
 from .measure import Layer, measured
-from .provenance import TOOL
 
 RECIPE = "loom.recipe"
 OTHER, TEXT = "other", "text"  # roles of what lies in no block, and of text encoders
@@ -79,6 +79,7 @@ _TRAINING = (  # label, metadata of kohya's trainers and of ModelSpec that may t
 )
 _BARS = "▁▂▃▄▅▆▇█"
 _LONG, _DEEP, _MANY = 2000, 8, 500  # letters of a text, levels and items of a table that are passed on
+_BITS = 64  # of whole numbers, as seeds are
 _SHORT = 90
 _SHOWN = 12  # findings, groups, facts in a text
 
@@ -170,8 +171,8 @@ class Inspection:
 def inspect(
     source: str | os.PathLike | Mapping[str, Tensor],
     targets: Mapping[str, Sequence[int]] | NameTable | None = None,
-    weights: Callable[[str], Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    weights: Weights | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Raises ValueError naming the file where it is no safetensors file, or a damaged one; other faults are told.
 
@@ -222,18 +223,12 @@ def _read(model: LoraModel, table: NameTable | None) -> LoRAFile:
         return LoRAFile({}, dict(model.metadata), lost, None, "nothing in it can be used", names=table)
 
 
-def _measured(
-    file: LoRAFile, weights: Callable[[str], Tensor] | None, progress: Callable[[int, int], None] | None
-) -> list[Layer]:
+def _measured(file: LoRAFile, weights: Weights | None, progress: Progress | None) -> list[Layer]:
     blocks = block_of_layers(file.adapters, file.metadata, _family(file))
-    layers = []
-    for done, (path, adapter) in enumerate(file.adapters.items()):
-        if progress:
-            progress(done, len(file.adapters))
-        layers.append(measured(path, adapter, blocks.get(path, ""), weights))
-    if progress:
-        progress(len(file.adapters), len(file.adapters))
-    return layers
+    return [
+        measured(path, adapter, blocks.get(path, ""), weights)
+        for path, adapter in told(list(file.adapters.items()), progress)
+    ]
 
 
 def _family(file: LoRAFile) -> str | None:
@@ -379,8 +374,11 @@ def _plain(value: Any, depth: int, most: int | None = None) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
-        return value if len(value) <= _LONG else value[: _LONG - 1] + "…"
-    if value is None or isinstance(value, bool | int):
+        value = value if len(value) <= _LONG else value[: _LONG - 1] + "…"
+        return value.encode(errors="replace").decode()  # JSON can spell half a character, which no file and no page can
+    if isinstance(value, int):
+        return value if value.bit_length() <= _BITS else None
+    if value is None:
         return value
     if depth <= 0:
         return "…"

@@ -6,32 +6,49 @@
 Low-rank ingredients stay factors in concat and sum: nothing dense is made. One layer is dense at a time otherwise.
 Biases, norm layers and other vectors are summed exactly whatever the method; embeddings are carried along. A strength
 is one number, or one for each layer (of blocks, of components); at 0 an ingredient is not there, below 0 its ΔW is
-turned round. What the methods do to ΔW is in ``combining``, what files need in common in ``together``.
+turned round. What cancels out, but for the rounding of float32, is nothing. What the methods do to ΔW is in
+``combining``, what files need in common in ``together``.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..adapter import Adapter, wide
-from ..compose import Sum
 from ..control import Widened
 from ..full import Full
-from ..low_rank import Cut, LowRank, as_lora, beside, changes_bias_only, factors_of, remainder, truncated
+from ..low_rank import NOISE, NOT_FINITE, Cut, LowRank, as_lora, beside, changes_bias_only, factors_of, size
 from ..reading import LoRAFile
+from .budget import decomposed
 from .combining import MAJORITIES, combined, draws_for
-from .deltas import Weights, bias, dense, needs_weight, scales_bias, shape_at
-from .outcome import LayerOutcome, Outcome
+from .deltas import (
+    Progress,
+    Weights,
+    bias,
+    dense,
+    is_no_matrix,
+    joined,
+    needs_weight,
+    scaled,
+    scales_bias,
+    shape_at,
+    told,
+    widest_part,
+)
+from .outcome import LayerOutcome, Outcome, fused_loss
 from .provenance import shared
 from .together import architecture, carried, common_names
 
 METHODS = {
-    "concat": "Exact: the ranks of all of them beside each other. The file is as large as all of them together.",
+    "concat": (
+        "Exact: the ranks of all of them beside each other. As large as all of them together; what has no ranks (DoRA, "
+        "rotations, large LoHa or LoKr) becomes a whole difference, unless it is alone on a layer."
+    ),
     "sum": "The exact sum, then its best approximation of the rank or energy that is asked for.",
     "ties": (
         "Small numbers of every ΔW are dropped, signs are put to the vote, and the mean of those that agree is taken "
@@ -42,12 +59,29 @@ METHODS = {
     "prune": "Small numbers of every ΔW are dropped, then the sum.",
 }
 
-Progress = Callable[[int, int], None]  # (layers done, of how many); may raise to stop
+ZERO = 4 * NOISE  # of the sizes of all ingredients together: no more is left of them than what they were rounded by
+
+
+_USES = {  # option → the methods that it has an effect on
+    "density": ("ties", "dare", "dare_ties", "prune"),
+    "majority": ("ties", "dare_ties"),
+    "seed": ("dare", "dare_ties"),
+}
+
+
+def without_effect(method: str, density: float, majority: str, seed: int) -> list[str]:
+    """What was set and changes nothing, in sentences."""
+    defaults = {"density": (density, 0.5), "majority": (majority, "total"), "seed": (seed, 0)}
+    return [
+        f"{name}: no effect with {method}"
+        for name, (value, default) in defaults.items()
+        if method not in _USES[name] and value != default
+    ]
 
 
 @dataclass(frozen=True)
 class Ingredient:
-    """``strength``: a number, or path → number. ``name``: what it is called in messages."""
+    """``strength``: a number, or path → number ("" is on no layer). ``name``: what it is called in messages."""
 
     file: LoRAFile
     strength: float | Callable[[str], float] = 1.0
@@ -58,6 +92,11 @@ class Ingredient:
         if not math.isfinite(strength):
             raise ValueError(f"{self.name}: its strength at {path} is {strength}; give a number")
         return strength
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything of it is in the result. What it brings besides layers goes with these."""
+        return any(self.at(path) for path in self.file.adapters or [""])
 
 
 @dataclass(frozen=True)
@@ -120,8 +159,9 @@ def merge(
     adapters: dict[str, Adapter] = {}
     adapter: Adapter | None
     layers: list[LayerOutcome] = []
-    told: Counter[str] = Counter()
-    for done, path in enumerate(paths, 1):
+    counts: Counter[str] = Counter()
+    widest: dict[str, int] = {}
+    for path in told(paths, progress):
         parts = [
             _Part(each.file.adapters[path], each.at(path), each.name)
             for each in ingredients
@@ -130,22 +170,23 @@ def merge(
         shape = shape_at(path, (part.adapter for part in parts), names, weights)
         _check(path, parts)
         present = [part for part in parts if part.strength]
-        if _goes_alone(present, shape, recipe):
-            adapter, layer = _carried(path, present[0].adapter, shape)
+        alone = _alone(path, present, shape, recipe)
+        if alone is not None:
+            adapter, layer = alone, _as_it_is(path, alone, shape)
         else:
-            adapter, layer = _Layer(path, shape, present, weights).merged(recipe, told)
+            adapter, layer = _Layer(path, shape, present, weights).merged(recipe, counts)
         if adapter is None:
-            told["nothing is left of what changes there, so they are not in the result"] += 1
+            counts["nothing is left of what changes there, so they are not in the result"] += 1
         else:
             adapters[path] = adapter
             layers.append(layer)
-        if progress is not None:
-            progress(done, len(paths))
-    embeddings, notes = carried([(each.file, each.name) for each in ingredients if each.strength != 0])
-    metadata = shared([file.metadata for file, _ in files])
+            widest[path] = max(widest_part(part.adapter) for part in present)
+    acting = [each for each in ingredients if each.acts]
+    embeddings, notes = carried([(each.file, each.name) for each in acting])
+    metadata = shared([each.file.metadata for each in acting or ingredients])
     merged = LoRAFile(adapters, metadata, [], kind, evidence, embeddings, names=names)
-    counted = [f"{count} layers: {what}" for what, count in told.items() if count]
-    return Outcome(merged, tuple(layers), (*_left_out(ingredients), *counted, *notes))
+    counted = [f"{count} layers: {what}" for what, count in counts.items() if count]
+    return Outcome(merged, tuple(layers), (*_left_out(ingredients), *counted, *fused_loss(layers, widest), *notes))
 
 
 @dataclass(frozen=True)
@@ -157,60 +198,74 @@ class _Layer:
     parts: Sequence[_Part]
     weights: Weights | None
 
-    def merged(self, recipe: _Recipe, told: Counter[str]) -> tuple[Adapter | None, LayerOutcome]:
+    def merged(self, recipe: _Recipe, counts: Counter[str]) -> tuple[Adapter | None, LayerOutcome]:
         """The one adapter, None where nothing is changed, and how good it is."""
         if any(scales_bias(part.adapter) for part in self.parts):
-            told["PEFT's (IA)³ scales their biases too, which are left as they are"] += 1
+            counts["PEFT's (IA)³ scales their biases too, which are left as they are"] += 1
         moving = [part for part in self.parts if not changes_bias_only(part.adapter)]
-        change, outcome = self._weight(moving, recipe, told) if moving else (None, self._made(0, 0, 0.0))
+        change, outcome = self._weight(moving, recipe, counts) if moving else (None, self._made(0, 0, 0.0))
         extra = self._bias()
-        if extra is None:
-            return change, outcome
-        bias_alone = Full({self._key("diff_b", "b_norm"): extra}, self.shape)
-        if isinstance(change, Full):
-            return Full(change.tensors | bias_alone.tensors, self.shape), outcome
-        return bias_alone if change is None else Sum([change, bias_alone]), outcome
+        alone = None if extra is None else Full({self._key("diff_b", "b_norm"): extra}, self.shape)
+        if isinstance(change, Full) and alone is not None:
+            return Full(change.tensors | alone.tensors, self.shape), outcome
+        return joined((change, alone)), outcome
 
     def _weight(
-        self, parts: Sequence[_Part], recipe: _Recipe, told: Counter[str]
+        self, parts: Sequence[_Part], recipe: _Recipe, counts: Counter[str]
     ) -> tuple[Adapter | None, LayerOutcome]:
         """By factors where that is exact, else by dense differences."""
         factors = [factors_of(part.adapter) if len(self.shape) > 1 else None for part in parts]
         known = [each.scaled(part.strength) for each, part in zip(factors, parts, strict=True) if each is not None]
         before = sum(each.rank for each in known) if len(known) == len(parts) else None
-        vector = before is None and 1 in self._size()
-        method = "sum" if vector or recipe.method == "concat" else recipe.method
+        no_matrix = before is None and is_no_matrix(self.path, self.shape)
+        method = "sum" if no_matrix or recipe.method == "concat" else recipe.method
         whole: LowRank | Tensor
         if before is not None and method == "sum":
-            whole = beside(known)
+            sizes, whole = [each.norm() for each in known], beside(known)
+            norm = whole.norm()
         else:
-            deltas = ((self._delta(part), part.strength) for part in parts)
-            whole = combined(deltas, method, recipe.density, recipe.majority, draws_for(recipe.seed, self.path))
-        if vector or recipe.method == "concat":
-            return self._uncut(whole, before, told)
+            sizes = []
+            whole = combined(
+                self._deltas(parts, sizes), method, recipe.density, recipe.majority, draws_for(recipe.seed, self.path)
+            )
+            norm = size(whole)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"{self.path}: what {', '.join(part.name for part in parts)} change here goes beyond all numbers at "
+                "these strengths; choose smaller ones, or inspect the files"
+            )
+        if norm <= ZERO * math.fsum(sizes):
+            return None, self._made(0, before, 0.0)
+        if no_matrix or recipe.method == "concat":
+            counts["what changes there has no ranks, so the whole difference is kept, which is large"] += (
+                before is None and not no_matrix
+            )
+            return self._uncut(whole, norm, before, counts)
         assert recipe.cut is not None
         whole = whole if isinstance(whole, LowRank) else whole.reshape(self._size())
-        try:
-            matrix, values = truncated(whole, recipe.cut, recipe.exact)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
-        norm = whole.norm() if isinstance(whole, LowRank) else float(whole.norm())
-        made = self._made(matrix.rank, before, norm, remainder(whole, values, matrix.rank))
-        return as_lora(matrix, self.shape) if matrix.rank else None, made
+        layer = decomposed(self.path, self.shape, whole, recipe.cut, recipe.exact)
+        rank = layer.factors.rank
+        return layer.adapter(rank), replace(layer.outcome(rank), before=before)
 
     def _uncut(
-        self, whole: LowRank | Tensor, before: int | None, told: Counter[str]
-    ) -> tuple[Adapter | None, LayerOutcome]:
+        self, whole: LowRank | Tensor, norm: float, before: int | None, counts: Counter[str]
+    ) -> tuple[Adapter, LayerOutcome]:
         """A LoRA of all ranks, or the difference itself where that is no larger."""
         if isinstance(whole, LowRank):
-            norm, (rows, columns) = whole.norm(), self._size()
-            if norm and whole.rank * (rows + columns) <= rows * columns:
+            rows, columns = self._size()
+            if whole.rank * (rows + columns) <= rows * columns:
                 return as_lora(whole, self.shape), self._made(whole.rank, before, norm)
-            told["all ranks together hold more numbers than the whole difference, which is kept instead"] += bool(norm)
+            counts["all ranks together hold more numbers than the whole difference, which is kept instead"] += 1
             whole = whole.dense()
-        norm = float(whole.norm())
-        change = Full({self._key("diff", "w_norm"): whole.reshape(self.shape)}, self.shape) if norm else None
+        change = Full({self._key("diff", "w_norm"): whole.reshape(self.shape)}, self.shape)
         return change, self._made(0, before, norm)
+
+    def _deltas(self, parts: Sequence[_Part], sizes: list[float]) -> Iterator[tuple[Tensor, float]]:
+        """(ΔW, strength), one after the other, and how large they are."""
+        for part in parts:
+            delta = self._delta(part)
+            sizes.append(abs(part.strength) * size(delta))
+            yield delta, part.strength
 
     def _delta(self, part: _Part) -> Tensor:
         try:
@@ -238,23 +293,29 @@ class _Layer:
         return LayerOutcome(self.path, rank, before, norm, error)
 
 
-def _goes_alone(parts: Sequence[_Part], shape: tuple[int, ...], recipe: _Recipe) -> bool:
-    """Whether there is nothing to merge: one ingredient as it is, and nothing to cut."""
-    if len(parts) != 1 or parts[0].strength != 1:
-        return False
-    adapter = parts[0].adapter
-    vector = 1 in (*shape[:1], math.prod(shape[1:])) and factors_of(adapter) is None
-    return recipe.method == "concat" or vector or isinstance(adapter, Widened)
+def _alone(path: str, parts: Sequence[_Part], shape: tuple[int, ...], recipe: _Recipe) -> Adapter | None:
+    """What there is nothing to merge and nothing to cut of: one ingredient as it is, at its strength."""
+    if len(parts) != 1:
+        return None
+    (part,) = parts
+    no_matrix = is_no_matrix(path, shape) and factors_of(part.adapter) is None
+    if not (recipe.method == "concat" or no_matrix or isinstance(part.adapter, Widened)):
+        return None
+    return part.adapter if part.strength == 1 else scaled(part.adapter, part.strength)
 
 
-def _carried(path: str, adapter: Adapter, shape: tuple[int, ...]) -> tuple[Adapter, LayerOutcome]:
-    """The same, of whatever family; its norm counts as 0 where only the weights would tell."""
+def _as_it_is(path: str, adapter: Adapter, shape: tuple[int, ...]) -> LayerOutcome:
+    """Its norm counts as 0 where only the weights would tell."""
     inner = adapter.inner if isinstance(adapter, Widened) else adapter
     matrix = factors_of(inner)
     if matrix is not None:
-        return adapter, LayerOutcome(path, matrix.rank, matrix.rank, matrix.norm(), 0.0)
-    norm = 0.0 if needs_weight(inner) else float(dense(path, inner, inner.shape or shape, None).norm())
-    return adapter, LayerOutcome(path, 0, None, norm, 0.0)
+        norm = matrix.norm()
+    else:
+        norm = 0.0 if needs_weight(inner) else size(dense(path, inner, inner.shape or shape, None))
+    if not math.isfinite(norm):
+        raise ValueError(f"{path}: {NOT_FINITE}, or choose a smaller strength")
+    rank = None if matrix is None else matrix.rank
+    return LayerOutcome(path, rank or 0, rank, norm, 0.0)
 
 
 def _check(path: str, parts: Sequence[_Part]) -> None:
@@ -284,6 +345,6 @@ def _left_out(ingredients: Sequence[Ingredient]) -> list[str]:
             key, _, detail = each.file.unplaced[0]
             count = len(each.file.unplaced)
             notes.append(f"{each.name}: {count} keys found no place and are left out ({key[:80]}: {detail[:200]})")
-        if each.strength == 0:
+        if not each.acts:
             notes.append(f"{each.name}: its strength is 0, nothing of it is in the result")
     return notes

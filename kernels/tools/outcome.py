@@ -2,6 +2,7 @@
 
 * ``LayerOutcome``: rank, ‖ΔW‖ and error of one layer; ``Outcome``: the file, its layers, notes.
 * ``retained``: the part of ‖ΔW‖² that is left, of any number of layers.
+* ``fused_loss``: what to say of layers whose parts would need a rank each.
 * ``Outcome.lines``: the same for people: in all, per block, the layers that lost most.
 """
 
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..reading import LoRAFile
 
 EXACT = 1e-6  # of the energy: less than that is rounding
+MUCH = 0.05  # of the energy, lost by a layer that has as many ranks as each of its parts had
 WORST = 3  # layers that are told
 
 
@@ -56,7 +58,7 @@ class Outcome:
 
     def lines(self, block_of: Callable[[str], str] | None = None) -> list[str]:
         """``block_of``: the name of the block that a path belongs to."""
-        lines = [f"{_layers(len(self.layers))}: {_ranks(self.layers)}; {_kept(self.energy)}"]
+        lines = [f"{_layers(len(self.layers))}: {_ranks(self.layers)}; {_kept(self.energy)}"] if self.layers else []
         if 1 - self.energy > EXACT:
             lines += _per_block(self.layers, block_of) if block_of else []
             losing = [
@@ -64,6 +66,21 @@ class Outcome:
             ]
             lines += [f"least of {layer.path}: {_kept(layer.energy)} at rank {layer.rank}" for layer in losing[:WORST]]
         return [*lines, *self.notes]
+
+
+def fused_loss(layers: Iterable[LayerOutcome], widest: Mapping[str, int]) -> list[str]:
+    """``widest``: path → the greatest rank of parts that were on rows of their own, 0 where there were none."""
+    losing = [
+        layer
+        for layer in layers
+        if layer.rank >= widest.get(layer.path, 0) > 0 and 1 - layer.energy > MUCH and layer.before is not None
+    ]
+    if not losing:
+        return []
+    return [
+        f"{_layers(len(losing))} made of parts such as q, k and v: each had as many ranks as all of them together have "
+        f"now; with rank {max(layer.before or 0 for layer in losing)} nothing of them is lost"
+    ]
 
 
 def _per_block(layers: Iterable[LayerOutcome], block_of: Callable[[str], str]) -> list[str]:

@@ -22,12 +22,22 @@ from ..compose import Sliced, Sum, Swapped
 from ..control import Replacement, Widened
 from ..full import Full
 from ..lora import LoRA
-from ..low_rank import Cut, changes_bias_only, factors_of, remainder, truncated
+from ..low_rank import Cut, changes_bias_only, factors_of
 from ..reading import LoRAFile
-from .budget import Budget, Layer, Progress, decided, told
-from .deltas import Weights, bias, dense, scales_bias, shape_at
-from .extract import distance, is_table
-from .outcome import Outcome
+from .budget import Budget, Layer, decided, decomposed
+from .deltas import (
+    Progress,
+    Weights,
+    bias,
+    dense,
+    joined,
+    scales_bias,
+    shape_at,
+    stays_difference,
+    told,
+    widest_part,
+)
+from .outcome import Outcome, fused_loss
 
 _KINDS = {
     "carried": "biases, norms, tables and replacements, as they were",
@@ -50,7 +60,11 @@ def resize(
     Raises ValueError naming the layer where its difference depends on the weight, and that is not given.
     """
     biases = {path: bias(path, adapter) for path, adapter in file.adapters.items()}
-    carried = {path: adapter for path, adapter in file.adapters.items() if _is_carried(path, adapter)}
+    carried = {
+        path: adapter
+        for path, adapter in file.adapters.items()
+        if isinstance(adapter, Replacement | Widened) or stays_difference(path, adapter)
+    }
     sizes = {path: extra.numel() for path, extra in biases.items() if extra is not None}
     sizes |= {path: sum(tensor.numel() for tensor in adapter.tensors.values()) for path, adapter in carried.items()}
     widest = cut if isinstance(cut, Cut) else Cut(rank=cut.widest(_matrices(file, carried, weights), sizes))
@@ -69,26 +83,19 @@ def resize(
         made = layers[path].adapter(rank) if rank else None
         if path in carried or made is adapter:
             adapters[path] = adapter
-        elif made is not None or extra is not None:
-            parts = [made, None if extra is None else Full({"diff_b": extra}, layers[path].shape)]
-            present = [part for part in parts if part is not None]
-            adapters[path] = present[0] if len(present) == 1 else Sum(present)
+        else:
+            beside = None if extra is None else Full({"diff_b": extra}, layers[path].shape)
+            both = joined((made, beside))
+            adapters |= {} if both is None else {path: both}
         counts["kept"] += made is adapter
         counts["made"] += made is not None and layers[path].own is None
         counts["none"] += path not in carried and path not in ranks
     outcomes = tuple(layer.outcome(ranks[layer.path]) for layer in effective)
     notes += [f"{counts[kind]} of {len(file.adapters)} layers: {text}" for kind, text in _KINDS.items() if counts[kind]]
+    notes += fused_loss(outcomes, {path: widest_part(adapter) for path, adapter in file.adapters.items()})
     if file.unplaced:
         notes.append(f"keys of the file that could not be used, and are not in the result: {len(file.unplaced)}")
-    return Outcome(replace(file, adapters=adapters, unplaced=[]), outcomes, tuple(notes))
-
-
-def _is_carried(path: str, adapter: Adapter) -> bool:
-    if changes_bias_only(adapter) or isinstance(adapter, Replacement | Widened):
-        return True
-    if adapter.shape is not None and len(adapter.shape) < 2:
-        return True
-    return isinstance(adapter, Full) and is_table(path)
+    return Outcome(replace(file, adapters=adapters, unplaced=[]), outcomes, (*file.notes, *notes))
 
 
 def _is_pair(adapter: Adapter) -> bool:
@@ -113,18 +120,5 @@ def _matrices(file: LoRAFile, carried: Mapping[str, Adapter], weights: Weights |
 def _decomposed(path: str, adapter: Adapter, shape: tuple[int, ...], cut: Cut, weights: Weights | None) -> Layer:
     matrix = factors_of(adapter)
     if matrix is None:
-        whole = dense(path, adapter, shape, weights).flatten(1)
-        norm = _finite(path, whole.norm().item())
-        factors, values = truncated(whole, cut, exact=False)
-        return Layer(path, shape, factors, values[: factors.rank], norm, distance(whole, factors))
-    norm = _finite(path, matrix.norm())
-    factors, values = truncated(matrix, cut)
-    own = adapter if _is_pair(adapter) else None
-    error = remainder(matrix, values, factors.rank)
-    return Layer(path, shape, factors, values[: factors.rank], norm, error, matrix.rank, own)
-
-
-def _finite(path: str, norm: float) -> float:
-    if not math.isfinite(norm):
-        raise ValueError(f"{path[:200]}: holds numbers that are not finite; inspect the file, or leave the layer out")
-    return norm
+        return decomposed(path, shape, dense(path, adapter, shape, weights).flatten(1), cut)
+    return decomposed(path, shape, matrix, cut, own=adapter if _is_pair(adapter) else None)

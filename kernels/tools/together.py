@@ -20,7 +20,7 @@ from ..architectures import in_text_encoder, same_base
 from ..names import NameTable
 from ..reading import LoRAFile
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d")
 Named = tuple[LoRAFile, str]
 Embeddings = dict[str, dict[str, Tensor]]
 
@@ -51,10 +51,10 @@ def _cure(one: str, other: str) -> str:
 
 
 def _kinds(file: LoRAFile) -> dict[bool, set[str]]:
-    """Names with # for every number, of text encoders and of the rest: enough to tell dialects apart."""
+    """What names begin with, up to a number, of text encoders and of the rest: enough to tell dialects apart."""
     found: dict[bool, set[str]] = {}
     for path in file.adapters:
-        found.setdefault(in_text_encoder(path), set()).add(_NUMBER.sub("#", path))
+        found.setdefault(in_text_encoder(path), set()).add(_NUMBER.split(path, maxsplit=1)[0])
     return found
 
 

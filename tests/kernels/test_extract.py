@@ -17,7 +17,8 @@ from lora_loom.kernels.lora import LoRA
 from lora_loom.kernels.low_rank import Cut, LowRank
 from lora_loom.kernels.registry import make_adapter
 from lora_loom.kernels.tools.budget import Budget, Layer, ranks
-from lora_loom.kernels.tools.extract import Change, extract, is_table
+from lora_loom.kernels.tools.deltas import is_table
+from lora_loom.kernels.tools.extract import Change, extract
 
 SHAPES = {"linear": (30, 22), "tall": (41, 7), "conv": (12, 6, 3, 3)}
 SHAPES |= {"conv1x1": (14, 9, 1, 1), "conv3d": (8, 5, 1, 3, 2)}
@@ -258,6 +259,12 @@ def test_tables_are_known_by_the_caller_or_by_name(draws):
         ("text_model.embeddings.position_embedding", None, True),
         ("time_embed.0", None, False),
         ("context_embedder", None, False),
+        ("lora_te1_text_model_embeddings_token_embedding", None, True),
+        ("lora_te3_encoder_embed_tokens", None, True),
+        ("lora_te3_shared", None, True),
+        ("lora_unet_pos_embed_proj", None, False),
+        ("pos_embed.proj", None, False),
+        ("lora_unet_time_embed_0", None, False),
         ("time_embed.0", True, True),
         ("t5xxl.transformer.shared", False, False),
     ):

@@ -445,6 +445,21 @@ def test_strange_metadata_stays_small():
     assert len(found.text()) < 4000
 
 
+def test_numbers_and_letters_that_are_none_are_told_as_such():
+    """JSON can spell numbers beyond all bounds, and halves of characters."""
+    half, seed = "x\\ud800y", 2**64 - 1
+    metadata = {
+        "loom.tool": f'{{"energy": 1{"0" * 400}, "parents": [], "tool": "{half}"}}',
+        "loom.recipe": f'{{"seed": {seed}, "{half}": "{half}"}}',
+        "ss_tag_frequency": f'{{"1_{half}": {{"{half}": 1}}}}',
+    }
+    found = inspect(LoraModel(good(), metadata))
+    told = json.loads(found.to_json().encode())
+    assert told["made_by"]["energy"] is None and told["made_by"]["tool"] == "x?y"
+    assert told["recipe"]["seed"] == seed and "x?y" in told["recipe"].values()
+    assert found.text().encode()
+
+
 def test_numbers_that_overflow_are_not_measured():
     found = inspect(
         {key: tensor * 1e30 if "lora" in key.split(".", 1)[1] else tensor for key, tensor in good().items()}

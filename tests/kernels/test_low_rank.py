@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cases import CASES, build, randomised
+from lora_loom.kernels.adapter import wide
 from lora_loom.kernels.compose import Sliced, Sum, Swapped
 from lora_loom.kernels.full import Full
 from lora_loom.kernels.lora import LoRA
@@ -16,10 +17,10 @@ from lora_loom.kernels.low_rank import (
     beside,
     changes_bias_only,
     factors_of,
-    remainder,
     spectrum,
     truncated,
 )
+from lora_loom.kernels.tools.budget import decomposed
 from merging import Largest
 
 SHAPES = [  # rows, columns, ranks
@@ -53,7 +54,8 @@ def test_truncation_is_the_best_there_is(rows, columns, rank, form):
         best = values[kept:].norm()
         size = values.norm()
         assert (exactly(found) - wanted).norm() <= best + 1e-6 * size
-        assert abs(remainder(given, singular, kept) - best) <= 1e-6 * size
+        layer = decomposed("layer", (rows, columns), given, Cut(rank=kept), exact=True)
+        assert abs(layer.error - best) <= 1e-6 * size and layer.norm == pytest.approx(float(size), rel=1e-6)
         assert torch.allclose(singular[:kept].double(), values[:kept], rtol=1e-6, atol=1e-6 * float(values[0]))
         clear = kept == true_rank or values[kept - 1] > 1.01 * values[kept]  # else there are several best ones
         if clear:
@@ -96,7 +98,8 @@ def test_a_zero_matrix_has_rank_zero(nothing):
     for exact in (True, False):
         found, values = truncated(nothing, Cut(rank=3), exact)
         assert found.rank == 0 and found.shape == (5, 7) and not found.dense().any()
-        assert remainder(nothing, values, 0) == 0
+        layer = decomposed("layer", (5, 7), nothing, Cut(rank=3), exact)
+        assert layer.norm == layer.error == 0
     assert not spectrum(nothing).any()
 
 
@@ -115,6 +118,8 @@ def test_half_precision_is_widened_and_nothing_else():
     assert matrix.up.dtype == matrix.down.dtype == torch.float32
     assert torch.equal(matrix.up, up.float()) and torch.equal(matrix.down, down.float())
     assert LowRank(up.double(), down).down.dtype == torch.float64
+    eight = up.to(torch.float8_e4m3fn)
+    assert torch.equal(LowRank(eight, down).up, eight.float()) and torch.equal(wide(eight), eight.float())
     with pytest.raises(ValueError, match=r"\(6, 2\) and \(3, 5\)"):
         LowRank(up, torch.zeros(3, 5))
 
@@ -137,7 +142,18 @@ def test_random_products_find_the_same_and_the_error_is_measured():
     best, every = truncated(matrix, Cut(rank=6))
     assert len(values) < 100 and len(every) == 300
     assert torch.allclose(found.dense(), best.dense(), atol=1e-5 * float(every[0]))
-    assert remainder(matrix, values, 6) == pytest.approx(float((matrix - found.dense()).norm()), rel=1e-6)
+    layer = decomposed("layer", matrix.shape, matrix, Cut(rank=6))
+    assert layer.error == pytest.approx(float((matrix - found.dense()).norm()), rel=1e-6)
+
+
+def test_of_factors_that_are_larger_than_their_matrix_the_error_is_measured_too():
+    """Random products find some of the singular values; the others are part of the error."""
+    matrix = drawn(420, 330, 340, seed=3)
+    layer = decomposed("layer", matrix.shape, matrix, Cut(rank=4))
+    wanted = exactly(matrix)
+    assert len(truncated(matrix, Cut(rank=4), exact=False)[1]) < 330
+    assert layer.error == pytest.approx(float((wanted - exactly(layer.factors)).norm()), rel=1e-5)
+    assert layer.norm == pytest.approx(float(wanted.norm()), rel=1e-6) and layer.before == 340
 
 
 VALUES = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
@@ -172,10 +188,9 @@ def test_how_many_stay(cut, wanted):
 def test_energy_is_retained_energy():
     matrix = drawn(40, 30, 20, seed=3)
     for energy in (0.5, 0.9, 0.99, 0.9999):
-        found, values = truncated(matrix, Cut(energy=energy))
-        kept = 1 - (remainder(matrix, values, found.rank) / matrix.norm()) ** 2
-        fewer = 1 - (remainder(matrix, values, found.rank - 1) / matrix.norm()) ** 2
-        assert fewer < energy <= kept + 1e-12
+        layer = decomposed("layer", matrix.shape, matrix, Cut(energy=energy))
+        fewer = layer.outcome(layer.factors.rank - 1).energy
+        assert fewer < energy <= layer.outcome(layer.factors.rank).energy + 1e-12
     first = spectrum(matrix)[:4]
     assert Cut(energy=0.9999).of(first, matrix.norm()) == 4  # more would be needed than are known
 

@@ -1,19 +1,22 @@
 """Merging whole files: dialects, fused layers, biases, embeddings, notes, and what cannot be merged."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from adapter_files import flux, lora, product, unet
-from cases import CASES, build
-from lora_loom.kernels.compose import Sliced
+from cases import CASES, build, randomised
+from lora_loom.kernels.adapter import Additive
+from lora_loom.kernels.compose import Sliced, Sum, Swapped
 from lora_loom.kernels.control import Replacement, Widened
 from lora_loom.kernels.full import Full
 from lora_loom.kernels.low_rank import Cut
 from lora_loom.kernels.names import NameTable
 from lora_loom.kernels.reading import LoRAFile, read_lora
+from lora_loom.kernels.tools.baked import Baked
 from lora_loom.kernels.tools.merge import METHODS, Ingredient, merge
 from lora_loom.kernels.writing import to_tensors
 from merging import ALL, PATH, apart, holding, plain
@@ -140,7 +143,96 @@ def test_embeddings_travel_along():
     assert torch.equal(found["dog_2"]["clip_l"], two) and torch.equal(found["dog_2_2"]["clip_l"], one)
     assert torch.equal(found["dog"]["clip_l"], one) and torch.equal(found["dog_3"]["clip_l"], two)
     assert "the word 'dog' of f1 means something else in another file: it is 'dog_2' now" in outcome.notes
-    assert not merge([Ingredient(files[0], 0)]).file.embeddings
+    layers = LoRAFile({"l": plain((6, 4))}, embeddings=files[0].embeddings)
+    for gone in (0, lambda path: 0.0, Baked("0", 0.0)):
+        for file in (files[0], layers):
+            outcome = merge([Ingredient(file, gone, "gone")])
+            assert not outcome.file.embeddings
+            assert "gone: its strength is 0, nothing of it is in the result" in outcome.notes
+    assert merge([Ingredient(files[0], Baked("0.5", 0.5))]).file.embeddings
+
+
+def test_metadata_is_that_of_the_files_that_act():
+    files = [holding(plain((6, 4)), (6, 4), metadata={"ss_base_model_version": base}) for base in ("sdxl", "sd_v1")]
+    merged = merge([Ingredient(files[0]), Ingredient(files[1], lambda path: 0.0)]).file
+    assert merged.metadata == {"ss_base_model_version": "sdxl"}
+
+
+@pytest.mark.parametrize("method", ["concat", "sum"])
+def test_what_cancels_out_is_nothing(method):
+    """Of factors that are rounded to float32 on the way, and of whole differences."""
+    shape, cut = (64, 48), None if method == "concat" else Cut(rank=3)
+    one, two = (holding(plain(shape, 4, seed=n), shape) for n in (0, 3))
+    whole = holding(Full({"diff": torch.randn(shape)}, shape), shape)
+    both = merge([Ingredient(one, 0.9), Ingredient(two, 0.3)]).file
+    for files, strengths in (
+        ((one, one), (0.7, -0.7)),
+        ((both, one, two), (1, -0.9, -0.3)),
+        ((whole, whole), (0.7, -0.7)),
+    ):
+        outcome = merge([Ingredient(f, s) for f, s in zip(files, strengths, strict=True)], method, cut)
+        assert not outcome.file.adapters and not outcome.layers and outcome.energy == 1
+        assert any("1 layers: nothing is left" in note for note in outcome.notes)
+    little = merge([Ingredient(one, 0.7), Ingredient(one, -0.69999)], method, cut)
+    assert little.layers[0].norm == pytest.approx(1e-5 * float(one.adapters[PATH].delta().norm()), rel=1e-2)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.layer in ("linear", "conv2d")], ids=str)
+def test_one_alone_at_another_strength_stays_in_its_family(case):
+    module, adapter, _ = build(case)
+    adapter = randomised(adapter)
+    weight = module.weight.detach()
+    outcome = merge([Ingredient(holding(adapter, weight.shape), -0.3)], weights=lambda path: weight)
+    made = outcome.file.adapters[PATH]
+    assert apart(made.difference(weight), -0.3 * adapter.difference(weight)) < 1e-6
+    if isinstance(adapter, Additive):
+        assert type(made) is type(adapter) and not any("whole difference" in note for note in outcome.notes)
+        assert {n: t.numel() for n, t in made.tensors.items()} == {n: t.numel() for n, t in adapter.tensors.items()}
+    else:
+        assert made.name == "full" and any("1 layers: what changes there has no ranks" in n for n in outcome.notes)
+
+
+def test_parts_of_a_layer_alone_at_another_strength_stay_parts():
+    shape = (12, 5)
+    parts = [Sliced(plain((6, 5), seed=n), 6 * n, 6, shape) for n in (0, 1)]
+    fused = Sum([*parts, Swapped(plain(shape, seed=2)), Full({"diff_b": torch.ones(12)}, shape)])
+    made = merge([Ingredient(holding(fused, shape), 0.5)]).file.adapters[PATH]
+    assert [type(part) for part in made.parts] == [Sliced, Sliced, Swapped, Full]
+    zeros = torch.zeros(shape)
+    assert apart(made.difference(zeros), 0.5 * fused.difference(zeros).double()) < 1e-6
+    assert torch.equal(made.merged_bias(None), torch.full((12,), 0.5))
+
+
+def test_parts_of_fused_layers_that_lose_much_in_one_rank_are_told():
+    fused = Sum([Sliced(plain((8, 64), 4, seed=n), 8 * n, 8, (24, 64)) for n in range(3)])
+    files = [Ingredient(holding(fused, (24, 64)))]
+    says = "1 layer made of parts such as q, k and v: .*; with rank 12 nothing of them is lost"
+    assert any(re.match(says, note) for note in merge(files, "sum", Cut(rank=4)).notes)
+    for cut in (Cut(rank=12), Cut(rank=3)):  # 3 is less than each of them had, which anybody would expect to lose
+        assert not any("such as q, k and v" in note for note in merge(files, "sum", cut).notes)
+
+
+@pytest.mark.parametrize("path", ["clip_l.text_model.embeddings.token_embedding", "lora_te1_token_embedding"])
+@pytest.mark.parametrize("method", ["sum", "ties", "concat"])
+def test_tables_of_embeddings_stay_differences(method, path):
+    shape = (30, 8)
+    table = Full({"diff": torch.randn(shape)}, shape)
+    files = [Ingredient(holding(table, shape, path), strength) for strength in (0.5, 0.25)]
+    for given in (files, files[:1]):
+        made = merge(given, method, None if method == "concat" else Cut(rank=4)).file.adapters[path]
+        assert made.name == "full"
+        assert apart(made.delta(), sum(each.strength for each in given) * table.delta().double()) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["concat", "sum"])
+def test_numbers_beyond_all_bounds_name_the_layer(method):
+    cut = None if method == "concat" else Cut(rank=2)
+    good, broken = plain((6, 4)), plain((6, 4))
+    broken.up[0, 0] = math.nan
+    for adapters, strengths in (((broken,), (1,)), ((broken,), (0.5,)), ((broken, good), (1, 1)), ((good,), (1e39,))):
+        files = [Ingredient(holding(a, (6, 4)), s, "it") for a, s in zip(adapters, strengths, strict=True)]
+        with pytest.raises(ValueError, match=rf"^{PATH}: .*(smaller|inspect)"):
+            merge(files, method, cut)
 
 
 def test_nothing_that_was_not_read_is_lost_in_silence():
@@ -183,7 +275,7 @@ def test_progress_is_told_and_may_stop():
     file = LoRAFile({f"l.{n}": plain((9, 7), seed=n) for n in range(3)}, names=table)
     seen = []
     merge([Ingredient(file)], progress=lambda done, of: seen.append((done, of)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
     def stop(done, of):
         raise KeyboardInterrupt
@@ -238,7 +330,7 @@ def test_weights_where_they_are_needed():
     }
     unknown = read_lora({f"lora_unet_c.{name}": tensor for name, tensor in loha.items()})
     refused("lora_unet_c: the file does not tell the shape of this layer; give the model", Ingredient(unknown, 0.5))
-    merged = merge([Ingredient(unknown, 0.5)], weights=lambda path: torch.zeros(6, 4, 3, 3)).file
+    merged = merge([Ingredient(unknown, 0.5)] * 2, weights=lambda path: torch.zeros(6, 4, 3, 3)).file
     assert merged.adapters["lora_unet_c"].shape == (6, 4, 3, 3)
 
 
@@ -269,6 +361,12 @@ def test_names_of_models():
     refused("read and more were read for different models", Ingredient(read, 1, "read"), Ingredient(more, 1, "more"))
     again = read_lora(keys, unet())
     assert merge([Ingredient(read), Ingredient(again)]).file.names is read.names
+
+
+def test_files_of_one_style_meet_whatever_layers_they_have():
+    names = ["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_double_blocks_1_img_mlp_0"]
+    merged = merge([Ingredient(read_lora(lora(name, (6, 4), seed=n))) for n, name in enumerate(names)]).file
+    assert [*merged.adapters] == names
 
 
 def test_other_blocks_and_components_of_one_dialect_meet():

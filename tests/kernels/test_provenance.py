@@ -1,21 +1,24 @@
 """What tools tell: retained energy, lines for people, and what a result's metadata says."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from adapter_files import lora, pair
-from lora_loom.kernels.compose import Sum
+from adapter_files import flux, lora, pair
+from lora_loom.kernels.compose import Sliced, Sum, Swapped
 from lora_loom.kernels.full import Full
 from lora_loom.kernels.lora import LoRA
 from lora_loom.kernels.low_rank import Cut
 from lora_loom.kernels.metadata import trigger_words
+from lora_loom.kernels.names import NameTable
 from lora_loom.kernels.reading import LoRAFile, read_lora
 from lora_loom.kernels.tools.merge import Ingredient, merge
 from lora_loom.kernels.tools.outcome import LayerOutcome, Outcome
 from lora_loom.kernels.tools.provenance import Parent, shared, with_parents
-from lora_loom.kernels.writing import write_lora
+from lora_loom.kernels.writing import to_tensors, write_lora
 
 NOTHING = LoRAFile({})
 
@@ -33,6 +36,7 @@ def test_retained_energy_is_that_of_the_matrices():
     assert Outcome(NOTHING, layers).energy == pytest.approx(1 - lost / whole, rel=1e-6)
     assert [layer.energy for layer in layers] == pytest.approx([1, 0.99, 0.96])
     assert LayerOutcome("zero", 0, 0, 0.0, 0.0).energy == Outcome(NOTHING, ()).energy == 1
+    assert Outcome(NOTHING, (), ("a note",)).lines() == ["a note"]  # where nothing was approximated nothing is said
 
 
 def test_lines_for_people():
@@ -66,6 +70,20 @@ def plain(rank):
     return LoRA(*pair((8, 6), rank), rank)
 
 
+def test_kohyas_keys_follow_the_dialect():
+    """Of q, k and v: one pair in one, three in the other, which has no place for alpha."""
+    path = "diffusion_model.double_blocks.0.img_attn.qkv"
+    fused = Sum([Sliced(LoRA(*pair((8, 8), 2), 1.0), 8 * n, 8, (24, 8)) for n in range(3)])
+    file = LoRAFile({path: fused}, {"loom.tool": "{}"}, names=NameTable(flux()))
+    for dialect, dim, alpha in (("native", "6", 3), ("diffusers", "2", 2)):
+        model = to_tensors(file, dialect)
+        downs = [tensor for key, tensor in model.items() if "lora_down" in key or "lora_A" in key]
+        assert {str(len(down)) for down in downs} == {dim} == {model.metadata["ss_network_dim"]}
+        assert float(model.metadata["ss_network_alpha"]) == alpha
+    trained = {"ss_network_dim": "2", "ss_network_alpha": "1", "ss_network_module": "networks.lora"}
+    assert trained.items() <= to_tensors(replace(file, metadata=trained)).metadata.items()  # what a trainer says stays
+
+
 STALE = {
     "sshs_model_hash": "a",
     "sshs_legacy_hash": "b",
@@ -86,6 +104,10 @@ STALE = {
         ([plain(4), Sum([plain(4), Full({"diff_b": torch.ones(8)}, (8, 6))])], "networks.lora", "4"),
         ([plain(4), Full({"diff": torch.ones(8, 6)}, (8, 6))], "lycoris.kohya", "4"),
         ([Full({"diff": torch.ones(8, 6)}, (8, 6))], "lycoris.kohya", None),
+        ([Sum([plain(2), plain(2)])], "networks.lora", "4"),  # one pair in the file
+        ([Sum([Sliced(LoRA(*pair((4, 6), 2), 2), 4 * n, 4, (8, 6)) for n in (0, 1)])], "networks.lora", "4"),
+        ([Swapped(plain(2))], "networks.lora", "2"),
+        ([LoRA(*pair((8, 6), 2), math.inf), LoRA(*pair((8, 6), 2), 0.0)], "networks.lora", "2"),
     ],
 )
 def test_kohyas_keys_are_put_right(adapters, module, dim):
@@ -95,7 +117,10 @@ def test_kohyas_keys_are_put_right(adapters, module, dim):
         "ss_network_alpha": "64",
         "kept": "1",
     }
-    told = with_parents(before, "resize", [Parent("a")], {}, outcome_of(*adapters))
+    outcome = outcome_of(*adapters)
+    told = with_parents(before, "resize", [Parent("a")], {}, outcome)
+    assert not told.keys() & {"ss_network_module", "ss_network_dim", "ss_network_alpha"}
+    told = to_tensors(replace(outcome.file, metadata=told)).metadata
     assert told["ss_network_module"] == module and told.get("ss_network_dim") == dim and told["kept"] == "1"
     alpha = told.get("ss_network_alpha")
     assert alpha == dim or float(alpha) == float(dim)
@@ -107,7 +132,10 @@ def test_parents_are_told_and_bounded():
     told = with_parents({}, "merge", parents, {"method": "sum", "rank": 4, "energy": None}, outcome_of(plain(4)))
     assert told["modelspec.merged_from"] == "first" * 40 + ", 二" and told["modelspec.sai_model_spec"] == "1.0.0"
     tool = json.loads(told["loom.tool"])
-    assert (tool["tool"], tool["energy"]) == ("merge", 1.0)
+    assert tool["tool"] == "merge" and "energy" not in tool  # nothing was approximated
+    row = LayerOutcome("l", 1, 2, 1.0, 0.5)
+    cut = with_parents({}, "resize", [], {}, Outcome(NOTHING, (row,)))
+    assert json.loads(cut["loom.tool"])["energy"] == 0.75
     assert tool["options"] == {"method": "sum", "rank": 4, "energy": None}
     assert tool["parents"][1] == {"name": "二", "digest": "34cd", "strength": "1"}
     assert len(tool["parents"][0]["name"]) == 200 and len(tool["parents"][0]["strength"]) == 2000
@@ -124,6 +152,10 @@ def test_trigger_words_of_all_parents_are_carried_on():
     ]
     told = with_parents({}, "merge", parents, {}, outcome_of(plain(2)))
     assert trigger_words(told) == ["sks dog", "a (red, blue) ball", "zwx", "cat"]
+    idle = [parents[0], replace(parents[1], acts=False)]
+    told = with_parents({}, "merge", idle, {}, outcome_of(plain(2)))
+    assert "zwx" not in trigger_words(told) and "modelspec.merged_from" not in told
+    assert len(json.loads(told["loom.tool"])["parents"]) == 2
     silent = with_parents({"modelspec.trigger_phrase": "kept"}, "merge", [Parent("d")], {}, outcome_of(plain(2)))
     assert silent["modelspec.trigger_phrase"] == "kept"
 

@@ -195,23 +195,24 @@ def test_layers_of_low_rank_are_never_made_dense(draws):
 
 
 def test_what_is_no_matrix_is_carried_along(draws):
-    table = "text_model.embeddings.token_embedding"
+    table, flat = "text_model.embeddings.token_embedding", "lora_te1_text_model_embeddings_token_embedding"
     adapters = {
         "norm": Full({"w_norm": torch.randn(6), "b_norm": torch.randn(6)}, (6,)),
         "bias": Full({"diff_b": torch.randn(6)}, (6, 4)),
         "scale": Replacement(torch.randn(6)),
         table: Full({"diff": torch.randn(9, 6)}, (9, 6)),
+        flat: Full({"diff": torch.randn(9, 6)}, (9, 6)),
         "both": Full({"diff": torch.randn(9, 6), "diff_b": torch.randn(9)}, (9, 6)),
     }
     unplaced = [reading.Unplaced("key", reading.UNKNOWN, "why")]
     outcome = resize(LoRAFile(dict(adapters), unplaced=unplaced), Cut(rank=2))
     made = outcome.file.adapters
     assert list(made) == list(adapters)
-    assert all(made[path] is adapters[path] for path in ("norm", "bias", "scale", table))
+    assert all(made[path] is adapters[path] for path in ("norm", "bias", "scale", table, flat))
     assert isinstance(made["both"], Sum)
     torch.testing.assert_close(made["both"].merged_bias(None), adapters["both"].merged_bias(None))
     assert made["both"].parts[0].rank == 2
-    assert "4 of 5 layers: biases, norms, tables and replacements, as they were" in outcome.notes
+    assert "5 of 6 layers: biases, norms, tables and replacements, as they were" in outcome.notes
     assert "keys of the file that could not be used, and are not in the result: 1" in outcome.notes
     assert outcome.file.unplaced == []
 
@@ -261,6 +262,23 @@ def test_a_resized_file_is_read_again_with_the_same_effect(draws, tmp_path):
             wanted = torch.linalg.svdvals(file.adapters[path].difference(zeros).double())
             error = (adapter.difference(zeros) - file.adapters[path].difference(zeros)).norm().item()
             assert error == pytest.approx(wanted[3:].norm().item(), rel=1e-4, abs=1e-5)
+
+
+def test_eight_bits_are_resized(draws):
+    adapter = lora(draws, (20, 15), 4)
+    eight = adapter.with_tensors({name: t.to(torch.float8_e4m3fn) for name, t in adapter.tensors.items()})
+    made = resize(LoRAFile({"layer": eight}), Cut(rank=2)).file.adapters["layer"]
+    wanted = torch.linalg.svdvals(eight.to(dtype=torch.float64).delta())
+    assert relative(spectrum_of(made)[:2], wanted[:2]) < 1e-6
+
+
+def test_parts_of_fused_layers_that_lose_much_in_one_rank_are_told(draws):
+    parts = [Sliced(lora(draws, (8, 64), 4), 8 * n, 8, (24, 64)) for n in range(3)]
+    file = LoRAFile({"qkv": Sum(parts)}, notes=["read with care"])
+    outcome = resize(file, Cut(rank=4))
+    assert any("with rank 12 nothing of them is lost" in note for note in outcome.notes)
+    assert "read with care" in outcome.notes
+    assert not any("nothing of them is lost" in note for note in resize(file, Cut(rank=12)).notes)
 
 
 def test_numbers_that_are_none_are_an_error_that_names_the_layer(draws):

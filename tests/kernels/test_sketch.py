@@ -6,9 +6,9 @@ import zlib
 import pytest
 import torch
 
-from lora_loom.kernels.low_rank import Cut, LowRank
+from lora_loom.kernels.low_rank import Cut, LowRank, distance
 from lora_loom.kernels.sketch import leading
-from lora_loom.kernels.tools.extract import Change, distance, extract
+from lora_loom.kernels.tools.extract import Change, extract
 
 
 @pytest.fixture
