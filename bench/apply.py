@@ -19,6 +19,7 @@ before. "no LoRA" has such a ratio too: what it differs from 1 is noise. Times a
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -253,6 +254,7 @@ def loads(base: Any) -> dict[str, dict]:
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     for turn in range(OPTIONS.repeats + 3):
         for name, load in makers.items():
+            gc.collect()  # so that nobody pays for the objects of the one before
             begun = time.process_time()
             load()
             if turn >= 3:
