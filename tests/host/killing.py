@@ -1,9 +1,10 @@
 """Training processes that are killed in the middle, again and again, and must end with the bits of one that was not.
 
 ``python killing.py --kills 25 --seed 0``: every run of ``RUNS`` is trained once undisturbed, then under fire: SIGKILL
-at a random moment, taken up again, killed again, until as many kills are spent; then it may finish. Prints one JSON
-object with a row per run. The heavy imports are made once; each training process is a fork that ends or is killed.
-After every kill the run folder must hold a whole state that is at most one step behind what the log tells.
+at a random moment, within a save or while it restores, taken up again, killed again, until as many kills are spent;
+then it may finish. Prints one JSON object with a row per run. The heavy imports are made once; each training process
+is a fork that ends or is killed. After every kill the run folder must hold a whole state that is at most one step
+behind what the log tells.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +72,9 @@ RUNS = {
 }
 
 
-START_SECONDS = 0.5  # about what a run needs until it has restored what was kept
+# Saving and restoring are too short to be hit by chance: what is then done to which files, and how many such things
+IN_A_SAVE = (".part", 12)
+RESTORING = ("state-", 6)
 
 
 class Campaign:
@@ -94,11 +98,14 @@ class Campaign:
     def close(self) -> None:
         shutil.rmtree(self.folder)
 
-    def start(self, name: str, plan: Plan) -> int:
-        """A training process."""
+    def start(self, name: str, plan: Plan, at: tuple[str, int] | None = None) -> int:
+        """A training process; one that kills itself where ``at`` says."""
+        shot = self.draws.randint(2, at[1]) if at else 0
         child = os.fork()
         if child:
             return child
+        if at:
+            sys.addaudithook(self_shot(folder_of(name), at[0], shot))
         code = 1
         try:
             with torch.inference_mode():
@@ -116,41 +123,61 @@ class Campaign:
         return folder_of(name)
 
     def under_fire(self, name: str, plan: Plan, kills: int, step_seconds: float) -> dict[str, int]:
-        """Kill ``name`` at random moments, wherever they fall, then let it finish."""
+        """Kill ``name`` at random moments, wherever they fall, and in its saves, then let it finish."""
         told = {"kills": 0, "in a save": 0, "before a step": 0, "restarts": 0}
         while told["kills"] < kills:
             before = last_logged(folder_of(name))
-            child = self.start(name, plan)
             told["restarts"] += 1
-            early = folder_of(name).exists() and told["kills"] % 4 == 3  # while it finds and restores what is there
-            ended = not early and wait_for_step(child, folder_of(name), before)
-            if not ended:
-                # the restoring, or the save that follows the step, or anywhere
-                reach = START_SECONDS if early else self.draws.choice((0.5, 2.5)) * step_seconds
-                time.sleep(self.draws.uniform(0, reach))
-                os.kill(child, signal.SIGKILL)
-                _, status = os.waitpid(child, 0)
-                ended = not os.WIFSIGNALED(status)
-                assert not ended or status == 0, f"{name}: the training process ended with {status}"
-                told["before a step"] += not ended and last_logged(folder_of(name)) <= before
-            if ended:  # it was quicker than the shot: begin anew, so that kills fall everywhere in a run
+            match told["kills"] % 4:
+                case 1:
+                    child = self.start(name, plan, IN_A_SAVE)
+                case 3:
+                    child = self.start(name, plan, RESTORING)
+                case _:
+                    child = self.start(name, plan)
+                    if wait_for_step(child, folder_of(name), before):  # then the save that follows, or anywhere
+                        time.sleep(self.draws.uniform(0, self.draws.choice((0.5, 2.5)) * step_seconds))
+                        os.kill(child, signal.SIGKILL)
+            if not killed(child, name):  # it was quicker than the shot: begin anew, so that kills fall everywhere
                 shutil.rmtree(folder_of(name))
                 continue
             told["kills"] += 1
+            told["before a step"] += last_logged(folder_of(name)) <= before
             told["in a save"] += examine(folder_of(name))
         self.finish(name, plan)
         return told
 
 
+def self_shot(folder: Path, word: str, shot: int) -> Callable[[str, tuple], None]:
+    """An audit hook: SIGKILL before the ``shot``-th thing that is done to a path of ``folder`` with ``word`` in it."""
+    left = [shot]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event not in ("open", "os.mkdir", "os.rename", "os.listdir", "os.scandir", "os.remove", "os.rmdir"):
+            return
+        path = str(arguments[0])
+        if path.startswith(str(folder)) and word in path:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def killed(child: int, name: str) -> bool:
+    """Whether the process was killed; False when it had come to its end. Raises AssertionError when it failed."""
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or status == 0, f"{name}: the training process ended with {status}"
+    return os.WIFSIGNALED(status)
+
+
 def wait_for_step(child: int, folder: Path, before: int) -> bool:
-    """Until the process has made a step of its own; True when it ended instead."""
+    """Until the process has made a step of its own; False when it ended instead. Leaves it to be waited for."""
     while last_logged(folder) <= before:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, f"{folder.name}: the training process ended with {status}"
-            return True
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
         time.sleep(0.003)
-    return False
+    return True
 
 
 def folder_of(name: str) -> Path:
