@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.lora
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.branches import fused, fused_bias
 from . import branching
@@ -20,12 +20,12 @@ from .originals import Originals
 from .targets import parameters_of
 
 
-def applied_patches(patcher: Any, tree: nn.Module) -> tuple[dict[str, list[tuple]], list[str]]:
+def applied_patches(patcher: Any) -> tuple[dict[str, list[tuple]], list[str]]:
     """(parameter → patches, those with patches that do nothing).
 
     The host leaves out buffers, and parameters of modules that hold other modules.
     """
-    places = parameters_of(tree)
+    places = parameters_of(patcher.model)
     acting, idle = {}, []
     for key, entries in patcher.patches.items():
         if key in places and not places[key].held_beside:
@@ -39,9 +39,9 @@ def applied_patches(patcher: Any, tree: nn.Module) -> tuple[dict[str, list[tuple
     return acting, idle
 
 
-def effective_reader(patcher: Any, tree: nn.Module, stack: branching.Stack | None) -> Callable[[str], Tensor]:
+def effective_reader(patcher: Any, stack: branching.Stack | None) -> Callable[[str], Tensor]:
     """On the CPU. Raises ValueError where a strength changes over the run."""
-    patches, _ = applied_patches(patcher, tree)
+    patches, _ = applied_patches(patcher)
     strengths = () if stack is None else stack.strengths
     if any(strength.schedules for strength in strengths):
         raise ValueError(
@@ -66,9 +66,9 @@ def effective_reader(patcher: Any, tree: nn.Module, stack: branching.Stack | Non
     return read
 
 
-def base_reader(patcher: Any, tree: nn.Module) -> Callable[[str], Tensor]:
+def base_reader(patcher: Any) -> Callable[[str], Tensor]:
     """A copy in float32 on the CPU; of a layer its weight, or the parameter of that name."""
-    patches, _ = applied_patches(patcher, tree)
+    patches, _ = applied_patches(patcher)
     originals = Originals(patcher)
 
     def read(path: str) -> Tensor:

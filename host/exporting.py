@@ -19,7 +19,7 @@ from typing import Any
 import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.adapter import Adapter, Additive
 from ..kernels.branches import can_branch, fused, fused_bias, needs_weight
@@ -35,7 +35,7 @@ from . import branching
 from .effective import applied_patches, base_reader
 from .embeddings import encoders
 from .fusing import KEY, FusedPatch, OnUse
-from .identify import architecture
+from .identify import origin_of
 from .originals import Originals
 from .targets import names_of, parameters_of
 
@@ -60,8 +60,7 @@ class Change(Additive):
 
 @dataclass(frozen=True)
 class Collected:
-    """``parts``: path → adapters with their strengths, all of which add up. ``exact``: parameters by products of their
-    own; ``computed``: by patched weight minus weight."""
+    """``parts``: path → adapters with their strengths, all of which add up."""
 
     names: NameTable
     parts: dict[str, Parts] = field(default_factory=dict)
@@ -92,14 +91,12 @@ class Collected:
 
 def collect(model: Any, clip: Any | None) -> Collected:
     """Raises ValueError naming what cannot be in a file."""
-    kind, base = architecture(model.model)
-    metadata = {"modelspec.architecture": f"{kind}/lora", "ss_base_model_version": base}
-    found = Collected(names_of(model, clip), metadata=metadata)
+    found = Collected(names_of(model, clip), metadata=origin_of(model.model))
     stack = branching.stack_on(model)
-    _Side(model, model.model, _beside(stack), found).collect()
+    _Side(model, _beside(stack), found).collect()
     found.notes.extend(unseen(model, "MODEL"))
     if clip is not None:
-        _Side(clip.patcher, clip.cond_stage_model, {}, found).collect()
+        _Side(clip.patcher, {}, found).collect()
         found.notes.extend(unseen(clip.patcher, "CLIP"))
         found.embeddings.update(_words(clip))
     if not found.parts and not found.embeddings:
@@ -174,11 +171,11 @@ def _beside(stack: branching.Stack | None) -> dict[str, Parts]:
 class _Side:
     """A MODEL's or a CLIP's patcher."""
 
-    def __init__(self, patcher: Any, tree: nn.Module, beside: Mapping[str, Parts], found: Collected) -> None:
-        self._patches, self._idle = applied_patches(patcher, tree)
+    def __init__(self, patcher: Any, beside: Mapping[str, Parts], found: Collected) -> None:
+        self._patches, self._idle = applied_patches(patcher)
         self._beside, self._found = dict(beside), found
-        self._originals, self._read = Originals(patcher), base_reader(patcher, tree)
-        self._parameters = parameters_of(tree)
+        self._originals, self._read = Originals(patcher), base_reader(patcher)
+        self._parameters = parameters_of(patcher.model)
 
     def collect(self) -> None:
         if self._idle:

@@ -56,3 +56,9 @@ def architecture(model: Any) -> tuple[str, str]:
             return _KNOWN[kind.__name__]
     name = type(model.model_config).__name__.lower()
     return name, name
+
+
+def origin_of(model: Any) -> dict[str, str]:
+    """What a LoRA made for the model says of that."""
+    kind, base = architecture(model)
+    return {"modelspec.architecture": f"{kind}/lora", "ss_base_model_version": base}

@@ -3,7 +3,8 @@
 * ``bar_picture(shares, title)``: how much each block changes; groups in colours of their own, the two extremes with
   numbers, a logarithmic scale where the shares span more than ``SPAN``
 * ``schedule_picture(parts, clock, title)``: weights over the steps of a run, a line for each part
-* ``grid(cells, columns)``: pictures with a label and a number under each; ``below``: one below the other
+* ``grid(cells, columns)``: pictures with a label and a number under each; ``below``: one below the other;
+  ``as_image``: as IMAGE
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from ..kernels.block_names import BASE
 from ..kernels.strengths.schedule import Clock, Schedule
@@ -353,6 +357,11 @@ def grid(cells: Sequence[tuple[str, Image.Image, float | None]], columns: int, s
             if long := round(room * part):
                 draw.rectangle((x + 60, below - 3, x + 59 + long, below + 3), _OTHERS[0])
     return image
+
+
+def as_image(picture: Image.Image) -> Tensor:
+    """IMAGE of the graph: (1, height, width, 3)."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255
 
 
 def below(pictures: Sequence[Image.Image]) -> Image.Image:

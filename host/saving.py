@@ -79,10 +79,12 @@ def whole_file(lora: LoraModel, model: Any, clip: Any) -> LoRAFile:
     return replace(file, metadata=dict(file.metadata))
 
 
-def weights_of(model: Any, clip: Any) -> Callable[[str], Tensor] | None:
-    """path → weight, as the connected models have it."""
+def weights_of(
+    model: Any, clip: Any, reader: Callable[[Any], Callable[[str], Tensor]] = weight_reader
+) -> Callable[[str], Tensor] | None:
+    """path → weight, as the connected models have it, or as another ``reader`` of a patcher gives it."""
     if model is None:
         return None
-    own, text = weight_reader(model), None if clip is None else weight_reader(clip.patcher)
+    own, text = reader(model), None if clip is None else reader(clip.patcher)
     encoders = set() if clip is None else set(layer_shapes(clip.cond_stage_model))
     return lambda path: text(path) if text is not None and path in encoders else own(path)

@@ -3,8 +3,7 @@
 * ``gather``: LORA_MODELs and files named in text, each with its strengths by component and block, as ingredients.
 * ``ticking``: a bar on the node, and the ✕.
 * ``Places``: the block of a layer, and what to call it; ``energy_picture``: what is retained, by block.
-* ``base_weights``: for adapters that depend on them.
-* ``named``: the whole of a LORA_MODEL by the names of what is connected; ``lora_model``: the way back.
+* ``named``: the whole of a LORA_MODEL by the names of what is connected.
 """
 
 from __future__ import annotations
@@ -16,17 +15,13 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..kernels.block_names import BASE
 from ..kernels.file_blocks import block_of_layers, blocks_of_file
 from ..kernels.low_rank import Cut
-from ..kernels.names import layer_shapes
 from ..kernels.reading import NO_ENCODER, LoRAFile, read_lora
-from ..kernels.safetensors_io import LoraModel
 from ..kernels.strengths.components import TE, UNET
 from ..kernels.strengths.lookup import find_name
 from ..kernels.strengths.tags import MAX_TAG, Tag, parse_prompt
@@ -35,10 +30,8 @@ from ..kernels.tools.finishing import digest
 from ..kernels.tools.merge import Ingredient
 from ..kernels.tools.outcome import LayerOutcome, Outcome, retained
 from ..kernels.tools.provenance import Parent
-from ..kernels.writing import to_tensors
 from . import lora_cache, loras
 from .diagnosis import BlockShare, short_names
-from .effective import base_reader
 from .embeddings import encoders
 from .pictures import bar_picture
 from .presets import block_presets
@@ -197,11 +190,6 @@ def named(lora: Mapping[str, Tensor], model: Any, clip: Any) -> LoRAFile:
     return file
 
 
-def lora_model(file: LoRAFile, dialect: str = "native") -> LoraModel:
-    with torch.inference_mode(False):
-        return to_tensors(file, dialect)
-
-
 def cut_of(rank: int, energy: float, ratio: float = 0.0) -> Cut | None:
     """From widgets, where 0 means that it does not count; None where none does."""
     if not (rank or energy or ratio):
@@ -220,24 +208,6 @@ def ticking(node_id: str | None) -> Callable[[int, int], None]:
         bars[total].update_absolute(done, total)
 
     return tick
-
-
-def as_image(picture: Image.Image) -> Tensor:
-    """IMAGE of the graph."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255
-
-
-# -- weights
-
-
-def base_weights(model: Any, clip: Any) -> Callable[[str], Tensor] | None:
-    """path → weight, as the adapters find it on what is connected."""
-    if model is None:
-        return None
-    own = base_reader(model, model.model)
-    text = None if clip is None else base_reader(clip.patcher, clip.cond_stage_model)
-    encoders = set() if clip is None else set(layer_shapes(clip.cond_stage_model))
-    return lambda path: text(path) if text is not None and path in encoders else own(path)
 
 
 # -- blocks

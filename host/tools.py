@@ -23,22 +23,23 @@ from ..kernels.safetensors_io import LoraModel
 from ..kernels.tools.budget import Budget
 from ..kernels.tools.convert import plain
 from ..kernels.tools.extract import extract
-from ..kernels.tools.finishing import AS_GIVEN, PRECISIONS, finished, precision_of
+from ..kernels.tools.finishing import AS_GIVEN, PRECISIONS, finished, options_of, precision_of, spelled_as
 from ..kernels.tools.inspect import inspect
 from ..kernels.tools.merge import MAJORITIES, METHODS, merge, without_effect
 from ..kernels.tools.outcome import Outcome
 from ..kernels.tools.pairing import changes_between
 from ..kernels.tools.provenance import Parent
 from ..kernels.tools.resize import resize
+from ..kernels.writing import to_tensors
 from . import branching, exporting, lora_cache
 from .diagnosis import BlockShare
-from .effective import effective_reader
-from .identify import architecture
+from .effective import base_reader, effective_reader
+from .identify import origin_of
 from .pictures import bar_picture, below
 from .progress import Progress
-from .saving import AS_IT_IS, FORMATS
+from .saving import AS_IT_IS, FORMATS, weights_of
 from .targets import names_of, parameters_of
-from .tooling import Places, base_weights, energy_picture, gather, lora_model, named, parent_of, ticking
+from .tooling import Places, energy_picture, gather, named, parent_of, ticking
 
 DENSE_RANK = 64
 BAKING = {method: METHODS[method] for method in ("concat", "sum")}
@@ -92,14 +93,14 @@ def merge_loras(
         gathered.ingredients,
         options.method,
         cut,
-        base_weights(model, clip),
+        weights_of(model, clip, base_reader),
         density=options.density,
         majority=options.majority,
         seed=options.seed,
         exact=False,
         progress=ticking(node_id),
     )
-    told = {**vars(options), **_told(cut)}
+    told = {**vars(options), **options_of(cut)}
     title = f"{len(gathered.ingredients)} LoRAs by {options.method}"
     notes = [*gathered.notes, *without_effect(options.method, options.density, options.majority, options.seed)]
     first = [f"{parent.name} at {parent.strength}" for parent in gathered.parents]
@@ -128,7 +129,7 @@ def bake_applied(
     adapters = [adapter for parts in found.parts.values() for adapter, _ in parts]
     tensors = [item for adapter in adapters if not _is_computed(adapter) for item in adapter.tensors.items()]
     parents = [Parent("what was applied to a MODEL", metadata=found.metadata)]
-    told = {"method": method, "precision": precision, **_told(cut)}
+    told = {"method": method, "precision": precision, **options_of(cut)}
     told |= {"dense_rank": dense_rank} if found.computed and method == "concat" else {}
     return _made(outcome, "all that is applied", "bake", parents, told, precision, tensors, model, [], notes)
 
@@ -164,12 +165,12 @@ def extract_lora(
         min_change=min_change,
         clamp_quantile=clamp_quantile,
         names=names_of(base, clip_base),
-        metadata=_origin(base),
+        metadata=origin_of(base.model),
         progress=ticking(node_id),
     )
     notes += exporting.unseen(tuned, "MODEL that is tuned")
     parents = [Parent("model_tuned"), Parent("model_base", strength="-1")]
-    told = {"min_change": min_change, "clamp_quantile": clamp_quantile, "conv": conv, **_told(cut)}
+    told = {"min_change": min_change, "clamp_quantile": clamp_quantile, "conv": conv, **options_of(cut)}
     return _made(outcome, "extracted", "extract", parents, told, precision, [], base, [], notes)
 
 
@@ -184,9 +185,9 @@ def resize_lora(
     node_id: str | None = None,
 ) -> Made:
     file = named(lora, model, clip)
-    outcome = resize(file, cut, base_weights(model, clip), progress=ticking(node_id))
+    outcome = resize(file, cut, weights_of(model, clip, base_reader), progress=ticking(node_id))
     parents = [parent_of(lora, "the connected LoRA")]
-    return _made(outcome, "resized", "resize", parents, _told(cut), precision, list(lora.items()), model, [], [])
+    return _made(outcome, "resized", "resize", parents, options_of(cut), precision, list(lora.items()), model, [], [])
 
 
 @torch.inference_mode(False)
@@ -210,15 +211,13 @@ def convert_lora(
     file = named(lora, model, clip)
     outcome, notes = Outcome(file, (), tuple(file.notes)), []
     if as_plain:
-        outcome = plain(file, cut, base_weights(model, clip), ticking(node_id))
+        outcome = plain(file, cut, weights_of(model, clip, base_reader), ticking(node_id))
     elif cut is not None:
         notes.append("rank, energy: no effect, since plain is off")
-    told = {"dialect": dialect, "precision": precision, "plain": as_plain, **(_told(cut) if as_plain else {})}
-    made = dialect if dialect != AS_IT_IS else _spelled(lora)
+    told = {"dialect": dialect, "precision": precision, "plain": as_plain, **(options_of(cut) if as_plain else {})}
+    made = dialect if dialect != AS_IT_IS else spelled_as(lora)
     parent = parent_of(lora, "the connected LoRA")
-    return _made(
-        outcome, "converted", "convert", [parent], told, precision, list(lora.items()), model, [], notes, made
-    )
+    return _made(outcome, "converted", "convert", [parent], told, precision, list(lora.items()), model, [], notes, made)
 
 
 @torch.inference_mode(False)
@@ -228,7 +227,7 @@ def inspect_lora(
 ) -> Inspected:
     names = None if model is None else names_of(model, clip)
     source = loaded.tensors if loaded.path is None else loaded.path
-    found = inspect(source, names, base_weights(model, clip), ticking(node_id))
+    found = inspect(source, names, weights_of(model, clip, base_reader), ticking(node_id))
     found = replace(found, name=loaded.name)
     rows = [BlockShare(row.id, _or_nan(row.norm), row.layers, row.role) for row in found.blocks]
     ranks = [BlockShare(row.id, _or_nan(row.effective_rank), row.layers, row.role) for row in found.blocks]
@@ -265,7 +264,7 @@ def _made(
     places = Places(model, file)
     lines = [*first, *outcome.lines(places.called), *said]
     try:
-        lora = lora_model(file, dialect)
+        lora = to_tensors(file, dialect)
     except ValueError as error:
         raise ValueError(f"dialect is {dialect!r}: {error}") from error
     return Made(lora, "\n".join(dict.fromkeys(lines)), energy_picture(title, outcome, places))
@@ -274,26 +273,12 @@ def _made(
 def _side(name: str, patcher: Any, tree: nn.Module) -> tuple[str, dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
     """A model for ``changes_between``."""
     shapes = {key: place.shape for key, place in parameters_of(tree).items()}
-    return name, shapes, effective_reader(patcher, tree, branching.stack_on(patcher))
-
-
-def _origin(model: Any) -> dict[str, str]:
-    kind, base = architecture(model.model)
-    return {"modelspec.architecture": f"{kind}/lora", "ss_base_model_version": base}
+    return name, shapes, effective_reader(patcher, branching.stack_on(patcher))
 
 
 def _is_computed(adapter: Adapter) -> bool:
     """Whether its numbers were worked out here, and so have no precision that anybody gave them."""
     return isinstance(adapter, exporting.Change | Full)
-
-
-def _spelled(lora: Mapping[str, Tensor]) -> str:
-    """A dialect whose parts are called as those of a file already are."""
-    return "diffusers" if any(".lora_A." in key for key in lora) else "native"
-
-
-def _told(cut: Cut | Budget | None) -> dict[str, object]:
-    return {} if cut is None else {name: value for name, value in vars(cut).items() if value is not None}
 
 
 def _check_cut(method: str, cut: Cut | None) -> None:
@@ -306,4 +291,3 @@ def _check_cut(method: str, cut: Cut | None) -> None:
 def _known(name: str, value: object, known: Sequence[str] | Mapping[str, str]) -> None:
     if value not in known:
         raise ValueError(f"{name}: {str(value)[:60]!r} is unknown; choose one of {', '.join(known)}")
-

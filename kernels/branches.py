@@ -74,7 +74,7 @@ def fused_bias(bias: Tensor, parts: Sequence[tuple[Adapter, float]]) -> Tensor:
 
 
 def needs_weight(adapter: Adapter) -> bool:
-    """Whether what it adds depends on the weight it is put on: rotations, DoRA, (IA)³."""
+    """Whether what it adds depends on the weight it is put on: rotations, DoRA, (IA)³, GLoRA."""
     if isinstance(adapter, Sum):
         return any(needs_weight(part) for part in adapter.parts)
     return needs_weight(adapter.inner) if isinstance(adapter, Wrapper) else not isinstance(adapter, Additive)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from ..host import analyser, lora_cache, loras
+from ..host.pictures import as_image
 from ..host.previews import sampler_names, scheduler_names
 from .applying import FROM_SOCKET, preview
 from .compat import build
@@ -148,5 +147,4 @@ class LoomBlockAnalyser(io.ComfyNode):
         loaded = lora_cache.of(lora) if lora is not None else lora_cache.get(lora_name)
         chosen = analyser.Options(**options)
         found = analyser.analyse(model, positive, negative, latent_image, vae, loaded, chosen, node_id(cls))
-        sheet = torch.from_numpy(np.asarray(found.sheet.convert("RGB")).astype(np.float32) / 255)[None]
-        return io.NodeOutput(sheet, found.pictures, found.table, ui=preview(found.sheet))
+        return io.NodeOutput(as_image(found.sheet), found.pictures, found.table, ui=preview(found.sheet))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
 from ..host import applied, lora_cache, loras
 from ..host.apply import AUTO, ENGINES, Applied, Strengths, apply_lora
 from ..host.clocks import CLOCKS, RUN, Course
-from ..host.pictures import below
+from ..host.pictures import as_image, below
 from ..kernels.strengths.components import parse_components
 from ..kernels.strengths.schedule import HOLD, INTERPOLATIONS, fixed, parse
 from .compat import build
@@ -78,8 +76,7 @@ def preview(*pictures: Any) -> Any:
     found = [picture for picture in pictures if picture is not None]
     if not found:
         return None
-    tensor = torch.from_numpy(np.array(below(found))).float()[None] / 255
-    return ui.PreviewImage(tensor)
+    return ui.PreviewImage(as_image(below(found)))
 
 
 def picture_input() -> Any:

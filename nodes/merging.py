@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host import tools
-from ..host.tooling import as_image, cut_of, files_state
+from ..host.pictures import as_image
+from ..host.tooling import cut_of, files_state
 from ..kernels.tools.finishing import AS_GIVEN, PRECISIONS
 from ..kernels.tools.merge import MAJORITIES, METHODS
 from .applying import preview

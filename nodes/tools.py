@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..host import lora_cache, loras, saving, tools
-from ..host.tooling import as_image, cut_of
+from ..host.pictures import as_image
+from ..host.tooling import cut_of
 from ..kernels.low_rank import Cut
 from ..kernels.tools.budget import Budget
 from ..kernels.tools.finishing import written_in

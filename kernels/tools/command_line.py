@@ -31,7 +31,16 @@ from .checkpoint import Checkpoint
 from .convert import plain
 from .deltas import Progress, Weights
 from .extract import extract
-from .finishing import AS_GIVEN, PRECISIONS, digest, finished, precision_of, written_in
+from .finishing import (
+    AS_GIVEN,
+    PRECISIONS,
+    digest,
+    finished,
+    options_of,
+    precision_of,
+    spelled_as,
+    written_in,
+)
 from .inspect import inspect
 from .merge import MAJORITIES, METHODS, Ingredient, merge, without_effect
 from .outcome import Outcome
@@ -198,7 +207,7 @@ def _merge(chosen: argparse.Namespace) -> None:
     parents = [lora.parent(text, each.acts) for lora, text, each in zip(read, texts, ingredients, strict=True)]
     tensors = [item for lora in read for item in lora.tensors.items()]
     notes += without_effect(chosen.method, **how)
-    _write(chosen, target, outcome, parents, {"method": chosen.method, **how, **_options(cut)}, tensors, notes=notes)
+    _write(chosen, target, outcome, parents, {"method": chosen.method, **how, **options_of(cut)}, tensors, notes=notes)
 
 
 def _extract(chosen: argparse.Namespace) -> None:
@@ -226,7 +235,7 @@ def _extract(chosen: argparse.Namespace) -> None:
         progress=_bar(),
     )
     parents = [Parent(tuned.name), Parent(base.name, strength="-1")]
-    told = {"min_change": chosen.min_change, "clamp_quantile": chosen.clamp_quantile, **_options(cut)}
+    told = {"min_change": chosen.min_change, "clamp_quantile": chosen.clamp_quantile, **options_of(cut)}
     _write(chosen, target, outcome, parents, told, [], chosen.dialect or "native", notes + said)
 
 
@@ -236,7 +245,7 @@ def _resize(chosen: argparse.Namespace) -> None:
         lora = _read(path, base)
         cut = _amount_of(chosen, lora.tensors.items())
         outcome = resize(_whole(lora), cut, _weights(base), progress=_bar())
-        _write(chosen, target, outcome, [lora.parent()], _options(cut), list(lora.tensors.items()))
+        _write(chosen, target, outcome, [lora.parent()], options_of(cut), list(lora.tensors.items()))
 
 
 def _convert(chosen: argparse.Namespace) -> None:
@@ -249,9 +258,8 @@ def _convert(chosen: argparse.Namespace) -> None:
         lora = _read(path, base)
         file = _whole(lora)
         outcome = plain(file, cut, _weights(base), _bar()) if chosen.plain else Outcome(file, (), tuple(file.notes))
-        spelled = "diffusers" if any(".lora_A." in key for key in lora.tensors) else "native"
-        told = {"dialect": chosen.dialect, "plain": chosen.plain, **_options(cut)}
-        dialect = chosen.dialect or spelled
+        told = {"dialect": chosen.dialect, "plain": chosen.plain, **options_of(cut)}
+        dialect = chosen.dialect or spelled_as(lora.tensors)
         _write(chosen, target, outcome, [lora.parent()], told, list(lora.tensors.items()), dialect)
 
 
@@ -360,10 +368,6 @@ def _amount_of(chosen: argparse.Namespace, given: Iterable[tuple[str, Tensor]]) 
     if chosen.megabytes is not None:
         return Budget.of_megabytes(chosen.megabytes, itemsize)
     return Budget(average_rank=chosen.average_rank, itemsize=itemsize)
-
-
-def _options(cut: Cut | Budget | None) -> dict[str, object]:
-    return {} if cut is None else {name: value for name, value in vars(cut).items() if value is not None}
 
 
 def _bar() -> Progress:

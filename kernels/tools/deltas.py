@@ -1,6 +1,5 @@
 """What an adapter of any family changes on its layer, as plain tensors.
 
-* ``needs_weight``: whether that depends on the weight itself (DoRA, rotations, (IA)³, GLoRA, T-LoRA, replacements).
 * ``shape_at``: the shape of the layer's weight, from whoever knows it.
 * ``dense``: ΔW = W' − W at full strength; ``bias``: the same of the bias; ``scales_bias``: where that is not all.
 * ``stays_difference``, ``is_no_matrix``, ``is_table``: what does not become factors; ``scaled``: any number of times ΔW
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Additive, wide
+from ..branches import needs_weight
 from ..compose import Sliced, Sum, Wrapper
 from ..control import Widened
 from ..full import Full
@@ -35,14 +35,6 @@ Progress = Callable[[int, int], None]  # (done, of how many); may raise to stop
 _Item = TypeVar("_Item")
 _TABLES = r"(?:token|position|positional|word|pos)_embed(?:ding|dings|der)?|embed_tokens|embedding_table|shared|wte|wpe"
 _TABLE = re.compile(rf"(?:.*\.|[^.]*_)?(?:{_TABLES})", re.DOTALL)  # behind a dot, or in a name of one word as kohya has
-
-
-def needs_weight(adapter: Adapter) -> bool:
-    if isinstance(adapter, Sum):
-        return any(map(needs_weight, adapter.parts))
-    if isinstance(adapter, Wrapper):
-        return needs_weight(adapter.inner)
-    return not isinstance(adapter, Additive)
 
 
 def scales_bias(adapter: Adapter) -> bool:

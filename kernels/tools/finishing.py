@@ -1,7 +1,8 @@
 """From what a tool made to what is written: precision, and what the file says of itself.
 
 * ``finished``: the file in a precision, its metadata with parents, options and retained energy; notes.
-* ``PRECISIONS``: what can be chosen; ``digest``: what tensors are, whoever holds them, for ``Parent``.
+* ``PRECISIONS``: what can be chosen; ``written_in``, ``precision_of``: what comes of that.
+* ``options_of``, ``spelled_as``, ``digest``: what was asked for; what a file is like; what tensors are, for ``Parent``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..dora import PARTS as DORA
+from ..low_rank import Cut
 from ..reading import LoRAFile
+from .budget import Budget
 from .convert import GAINS, in_precision
 from .convert import PRECISIONS as _DTYPES
 from .outcome import Outcome
@@ -71,6 +74,16 @@ def precision_of(tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype | None:
         return None
     widest = reduce(torch.promote_types, (dtype if dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes))
     return widest if widest in _DTYPES.values() else torch.float32
+
+
+def options_of(cut: Cut | Budget | None) -> dict[str, object]:
+    """What was asked for, as a part of a tool's options."""
+    return {} if cut is None else {name: value for name, value in vars(cut).items() if value is not None}
+
+
+def spelled_as(tensors: Iterable[str]) -> str:
+    """A dialect whose parts are called as those of a file already are."""
+    return "diffusers" if any(".lora_A." in key for key in tensors) else "native"
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

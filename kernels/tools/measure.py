@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Additive, wide
 from ..architectures import encoder_prefix
+from ..branches import needs_weight
 from ..compose import Sum, Wrapper
 from ..dora import DoRA
 from ..loha import LoHa
@@ -30,7 +31,6 @@ from ..lora import LoRA
 from ..low_rank import Cut, changes_bias_only, factors_of, spectrum
 from ..rotations import OutputRotation
 from ..strengths.components import UNET
-from .deltas import needs_weight
 
 SIDE = 1024  # the smaller one of a dense difference whose singular values are computed; a second takes far more
 LARGEST = 2**27  # numbers of the largest tensor that is made to measure anything
@@ -210,7 +210,7 @@ def _own(adapter: Adapter) -> float | None:
             return _size("", adapter.inner, None)[0]
         rescale = adapter.rescale if isinstance(adapter, OutputRotation) else None
         return math.hypot(adapter.norm().item(), 0.0 if rescale is None else (wide(rescale) - 1).norm().item())
-    except (NotImplementedError, ValueError, RuntimeError):
+    except (NotImplementedError, ValueError, RuntimeError):  # a family without a norm, factors that do not fit
         return None
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..adapter import Adapter, wide
+from ..branches import needs_weight
 from ..control import Widened
 from ..full import Full
 from ..low_rank import NOISE, NOT_FINITE, Cut, LowRank, as_lora, beside, changes_bias_only, factors_of, size
@@ -33,7 +34,6 @@ from .deltas import (
     dense,
     is_no_matrix,
     joined,
-    needs_weight,
     scaled,
     scales_bias,
     shape_at,
@@ -60,8 +60,6 @@ METHODS = {
 }
 
 ZERO = 4 * NOISE  # of the sizes of all ingredients together: no more is left of them than what they were rounded by
-
-
 _USES = {  # option → the methods that it has an effect on
     "density": ("ties", "dare", "dare_ties", "prune"),
     "majority": ("ties", "dare_ties"),

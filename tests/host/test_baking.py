@@ -37,7 +37,7 @@ def bake(model, clip=None, method="concat", cut=None, dense_rank=64, precision="
 
 def weights(patcher):
     """parameter → as the host would patch it."""
-    read = effective_reader(patcher, patcher.model, None)
+    read = effective_reader(patcher, None)
     return {key: read(key) for key in patcher.model.state_dict() if patcher.model.state_dict()[key].is_floating_point()}
 
 
@@ -173,7 +173,7 @@ def test_text_encoders_and_words():
     made = bake(model, new_clip)
     _, got = alone(made, clean, clip)
     for path in paths:
-        read, wanted = (effective_reader(one.patcher, one.cond_stage_model, None) for one in (got, new_clip))
+        read, wanted = (effective_reader(one.patcher, None) for one in (got, new_clip))
         torch.testing.assert_close(read(f"{path}.weight"), wanted(f"{path}.weight"), rtol=1e-4, atol=1e-5)
     again = read_lora(made.lora, NameTable.of(clip.cond_stage_model))
     assert torch.equal(again.embeddings["my_cat"]["clip_l"], words["my_cat"]["clip_l"])
