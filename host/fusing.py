@@ -68,7 +68,8 @@ class FusedPatch(WeightAdapterBase):
         """(adapter with its tensors on ``device``, strength)."""
         for adapter, strength, names, tensors in self.weights:
             moved = {name: tensor.to(device) for name, tensor in zip(names, tensors, strict=True)}
-            yield adapter.with_tensors(moved), strength
+            same = all(tensor is adapter.tensors[name] for name, tensor in moved.items())
+            yield adapter if same else adapter.with_tensors(moved), strength
 
 
 class OnUse:
@@ -89,12 +90,15 @@ def part(adapter: Adapter, strength: float) -> Part:
 
 
 def add_fused(patcher: Any, adapters: Mapping[str, Sequence[tuple[Adapter, float]]]) -> None:
-    """Patch parameters, ``key`` → (adapter, strength)s, of ``patcher``, a clone that is the caller's."""
-    new: dict[str, FusedPatch] = {}
+    """Patch parameters, ``key`` → (adapter, strength)s, of ``patcher``, a clone that is the caller's.
+
+    As the host's ``add_patches`` does, which lists every parameter of the model to learn which keys there are.
+    """
     for key, parts in adapters.items():
         before = take_off(patcher, key)
-        new[key] = FusedPatch(set(), (*before, *(part(adapter, strength) for adapter, strength in parts)))
-    patcher.add_patches(new)
+        patch = FusedPatch(set(), (*before, *(part(adapter, strength) for adapter, strength in parts)))
+        patcher.patches.setdefault(key, []).append((1.0, patch, 1.0, None, None))
+    patcher.patches_uuid = uuid.uuid4()
 
 
 def parts_on(patcher: Any, key: str) -> tuple[Part, ...]:

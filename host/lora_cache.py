@@ -80,10 +80,12 @@ class Loaded:
                 except ValueError as error:
                     raise ValueError(f"{self.name}: {error}") from error
                 found = replace(read, names=None)  # else the key would be held by its value
-                made = (tensor for adapter in found.adapters.values() for tensor in adapter.tensors.values())
+                own = {id(tensor) for tensor in self.tensors.values()}
+                made = [tensor for adapter in found.adapters.values() for tensor in adapter.tensors.values()]
                 with _lock:
                     self._files[names] = found
-                    self.nbytes = max(self.nbytes, _size((*self.tensors.values(), *made)))
+                    if any(id(tensor) not in own for tensor in made):
+                        self.nbytes = max(self.nbytes, _size((*self.tensors.values(), *made)))
                     _trim()
         return replace(found, names=names)
 

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +31,7 @@ from torch import Tensor, contiguous_format
 MAX_HEADER = 2**25  # bytes; a hundred thousand tensors need half of it
 MAX_ENTRIES = 250_000  # tensors; the parsed header takes some hundred bytes for each
 MAX_DIMENSIONS = 16
+BUFFER = 2**22  # bytes that tensors share at most: one that is kept keeps no more than that of a large file
 _HALVES = re.compile("[\ud800-\udfff]")
 _DTYPES = {
     **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
@@ -70,8 +71,8 @@ def load_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> LoraModel:
         header = _header_of(file, path)
         model = LoraModel({}, _metadata_in(header, path.name))
         header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            model[name] = _read(file, entry, path)
+        for entries in _runs(header):
+            model.update(_read(file, entries, path))
     return model
 
 
@@ -98,7 +99,7 @@ class TensorFile:
             if _state(file) != self._state:
                 raise ValueError(f"{self.path.name}: was changed while it was read; begin again")
             file.seek(self._data + entry["data_offsets"][0])
-            return _read(file, entry, self.path)
+            return _read(file, {name: entry}, self.path)[name]
 
 
 def save_tensors(
@@ -173,13 +174,32 @@ def checked_path(path: str | os.PathLike) -> Path:
     return path
 
 
-def _read(file: BinaryIO, entry: Mapping, path: Path) -> Tensor:
-    """The tensor of a header's entry, at whose data the ``file`` stands."""
-    begin, end = entry["data_offsets"]
-    content = torch.empty(end - begin, dtype=torch.uint8)  # of its own: one may be kept and the rest not
-    if file.readinto(memoryview(content.numpy())) != end - begin:  # type: ignore
+def _runs(header: Mapping[str, dict]) -> Iterator[dict[str, dict]]:
+    """The entries in the order of their data, put together as far as one buffer can hold them side by side."""
+    run: dict[str, dict] = {}
+    first = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if run and (end - first > BUFFER or (begin - first) % _DTYPES[entry["dtype"]].itemsize):
+            yield run
+            run = {}
+        first = first if run else begin
+        run[name] = entry
+    if run:
+        yield run
+
+
+def _read(file: BinaryIO, entries: Mapping[str, dict], path: Path) -> dict[str, Tensor]:
+    """The tensors of a run of a header's entries, at whose data the ``file`` stands."""
+    spans = [entry["data_offsets"] for entry in entries.values()]
+    first, last = spans[0][0], spans[-1][1]
+    content = torch.empty(last - first, dtype=torch.uint8)
+    if file.readinto(memoryview(content.numpy())) != last - first:  # type: ignore
         raise ValueError(f"{path.name}: became shorter while it was read; get or save the file again")
-    return content.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+    return {
+        name: content[begin - first : end - first].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+        for (name, entry), (begin, end) in zip(entries.items(), spans, strict=True)
+    }
 
 
 def _state(file: BinaryIO) -> tuple[int, int]:
