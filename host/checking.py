@@ -67,7 +67,9 @@ def findings_for(dataset: Dataset, wanted: str, findings: str, node_id: str | No
     if findings.strip():
         return _parsed(findings)
     rules = parse_filter(wanted).rules
-    return check(dataset, node_id, full=any(RULES[rule].needs == "pixels" for rule in rules)) if rules else []
+    if not rules:
+        return []
+    return check(dataset, node_id, full=any(RULES[rule].needs == "pixels" for rule in rules), rules=rules)
 
 
 def _parsed(text: str) -> list[Finding]:

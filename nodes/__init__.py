@@ -22,6 +22,7 @@ from .settings import (
     LoomPreviewSettings,
     LoomRunSettings,
 )
+from .tag_editor import LoomTagEditor
 from .tools import LoomConvertLoRA, LoomExtractLoRA, LoomInspectLoRA, LoomResizeLoRA
 from .training import LoomLoRATrainer
 
@@ -57,6 +58,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoomResizeLoRA,
     LoomConvertLoRA,
     LoomInspectLoRA,
+    LoomTagEditor,
 ]
 
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..host import folders
 from ..host.checking import badge_of, check
+from ..host.editing import EDITING
 from ..training.dataset.balancing import balanced
 from ..training.dataset.combining import combine
 from ..training.dataset.describe import describe
@@ -239,7 +240,9 @@ class LoomDatasetLoader(io.ComfyNode):
             if_unreadable=if_unreadable,
             subfolders="plain" if subfolders == "plain" else "repeats",
         )
-        return _reported(split(dataset, concept), lint, node_id(cls))
+        dataset = split(dataset, concept)
+        EDITING.keep(node_id(cls), dataset)
+        return _reported(dataset, lint, node_id(cls))
 
 
 def _reported(dataset: Dataset, lint: str, node: str | None) -> io.NodeOutput:

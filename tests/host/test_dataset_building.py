@@ -18,7 +18,7 @@ from lora_loom.host.runs import RunError
 from lora_loom.nodes.dataset_exchange import LoomDatasetToTOML
 from lora_loom.training.dataset.model import CaptionOptions, GraphPicture
 from served import tiny_upscale_model
-from ui_workflow import to_prompt
+from ui_workflow import PAGE_ONLY, to_prompt
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 
@@ -267,7 +267,7 @@ def core_info(prompt_types):
 def example(name, places):
     """The workflow as the page would send it, with its pictures as Keep nodes."""
     workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
-    types = {entry["type"] for entry in workflow["nodes"]} - {"Note"}
+    types = {entry["type"] for entry in workflow["nodes"]} - PAGE_ONLY
     prompt = to_prompt(workflow, core_info(types))
     for entry in prompt.values():
         if entry["class_type"] in ("PreviewImage", "PreviewAny"):

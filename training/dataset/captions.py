@@ -64,8 +64,13 @@ def _line(caption: str, options: CaptionOptions, draws: Draws) -> str:
         return draws.pick(lines)
     if options.lines == "first":
         return lines[0]
-    ends = (*SENTENCE_ENDS, options.separator)
-    joints = [" " if line.endswith(ends) else f"{options.separator} " for line in lines[:-1]]
+    return joined_lines(lines, options.separator)
+
+
+def joined_lines(lines: Sequence[str], separator: str) -> str:
+    """Lines as one: a separator behind each that ends without one, and is no sentence."""
+    ends = (*SENTENCE_ENDS, separator)
+    joints = [" " if line.endswith(ends) else f"{separator} " for line in lines[:-1]]
     return "".join(line + joint for line, joint in zip(lines, (*joints, ""), strict=True))
 
 

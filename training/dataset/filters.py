@@ -12,6 +12,7 @@ The grammar is TagGUI's, with ``concept:`` and ``lint:`` added; a word alone loo
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import operator
 import re
@@ -100,16 +101,24 @@ class Term:
     glob: Glob | None = None
     comparison: str = "="
     number: int = 0
+    seen: dict[str, bool] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def matches(self, sample: Sample, facts: Facts) -> bool:
+        if self.glob is not None and self.field == "tag":
+            return any(map(self._fits, tags(sample.caption, facts.concept.captions.separator)))
         if self.glob is not None:
             return any(self.glob.fits(text) for text in _texts(self.field, sample, facts))
         return COMPARISONS[self.comparison](_number(self.field, sample, facts), self.number)
 
+    def _fits(self, tag: str) -> bool:
+        """Whether a tag is meant: looked at once, since it is on many images."""
+        assert self.glob is not None
+        if tag not in self.seen:
+            self.seen[tag] = self.glob.fits(unescaped(tag))
+        return self.seen[tag]
+
 
 def _texts(field: str, sample: Sample, facts: Facts) -> Iterable[str]:
-    if field == "tag":
-        return map(unescaped, tags(sample.caption, facts.concept.captions.separator))
     if field == "lint":
         return facts.rules
     if field == "caption":

@@ -2,6 +2,7 @@
 
 - quick: headers, captions, buckets and repeats; full: pixels too, each picture decoded once
 - thresholds and rules as the user sets them (``lint_rules``), tag tables of the user's own (``lint_knowledge``)
+- ``rules``: only what these need is looked at, so that asking for one takes a moment with thousands of images
 - ``report``: findings as text; ``badge``: how many of which level
 
 Nothing is changed; ``fixes.apply_fixes`` makes a new dataset.
@@ -16,7 +17,7 @@ from .batches import place_all
 from .lint_captions import CaptionCheck
 from .lint_images import PIXEL_RULES, pixel_findings, score
 from .lint_knowledge import TagKnowledge
-from .lint_plan import plan_findings
+from .lint_plan import PLACED_RULES, plan_findings
 from .lint_rules import LEVELS, Finding, Limits, parse_limits
 from .lint_spelling import spelling_findings
 from .lint_tags import caption_findings
@@ -35,12 +36,17 @@ def lint(
     count_tokens: Callable[[str], int] | None = None,
     knowledge: TagKnowledge | None = None,
     progress: Callable[[int, int], None] | None = None,
+    rules: Iterable[str] | None = None,
 ) -> list[Finding]:
-    """Findings, the most serious first. ``progress(done, total)`` is called for each decoded picture and may raise."""
+    """Findings, the most serious first, of all rules or of some.
+
+    ``progress(done, total)`` is called for each decoded picture and may raise.
+    """
     limits = thresholds if isinstance(thresholds, Limits) else parse_limits(thresholds or "")
-    items = place_all(dataset, batch_size)
+    limits = limits if rules is None else limits.only(rules)
     check = CaptionCheck(dataset, limits, knowledge or TagKnowledge())
     looked = full and limits.on(*PIXEL_RULES)
+    items = place_all(dataset, batch_size) if looked or limits.on(*PLACED_RULES) else ()
     scores, faults = score(dataset, items, limits.on("D031", "D032"), progress) if looked else ({}, {})
     opaque = {identity: figures.opaque for identity, figures in scores.items()}
     findings = [

@@ -23,6 +23,8 @@ SENTENCE_LETTERS = 40  # … letters, for languages that do without spaces
 FEW = 5  # captions below which nothing is said about all of them
 EXAMPLES = 5
 
+WEIGHT = re.compile(r"\(+([^()]+?)(?::\s*[\d.]+)?\)+")
+
 USUAL_FIRST = re.compile(
     r"(?:\d\+?)?(?:girl|boy|other|woman|man)s?|multiple \w+|solo|no humans|(?:best|high|low|worst|normal) quality|"
     r"masterpiece|absurdres|highres|score.*|rating.*|source.*|photo.*|illustration|painting|drawing|sketch|"
@@ -53,7 +55,8 @@ class Caption:
     @cached_property
     def names(self) -> list[str]:
         """Names of the tags of the longest line."""
-        return [self.name(tag) for tag in max(self.lines, key=len, default=[])]
+        line = max(self.lines, key=len, default=[])
+        return [*map(self.name if self.options.weighted else plain, line)]
 
     def name(self, tag: str) -> str:
         """What the rules know a tag by: without weight, and in one spelling."""
@@ -61,15 +64,12 @@ class Caption:
 
     def bare(self, tag: str) -> str:
         """The tag as written, without its weight."""
-        weight = re.fullmatch(r"[(\[]+([^()]+?)(?::\s*[\d.]+)?[)\]]+", tag) if self.options.weighted else None
-        return weight[1] if weight else tag
+        return bare(tag, self.options.weighted)
 
     @cached_property
     def prose(self) -> bool:
         """Whether this is made of sentences rather than tags."""
-        count = max(1, len(self.names))
-        words = sum(len(name.split()) for name in self.names)
-        return words >= SENTENCE_WORDS * count or sum(map(len, self.names)) >= SENTENCE_LETTERS * count
+        return is_prose(self.names)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,19 @@ class CaptionCheck:
         [(word, count)] = firsts.most_common(1)
         usual = USUAL_FIRST.fullmatch(word) or word in self.knowledge.counts
         return word if count >= self.limits.of("T002", "share") * len(captions) and not usual else ""
+
+
+def bare(tag: str, weighted: bool) -> str:
+    """The tag as written, without its weight where captions are weighted."""
+    found = WEIGHT.fullmatch(tag) if weighted else None
+    return found[1] if found else tag
+
+
+def is_prose(names: Sequence[str]) -> bool:
+    """Whether these are sentences, or parts of them, rather than tags."""
+    count = max(1, len(names))
+    words = len(" ".join(names).split())
+    return words >= SENTENCE_WORDS * count or sum(map(len, names)) >= SENTENCE_LETTERS * count
 
 
 def title(dataset: Dataset, index: int) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from .model import DatasetError
@@ -21,6 +22,7 @@ LARGEST = 64 << 20  # bytes; the largest lists known have 4 MB
 ARTIST = 1  # category, on every board
 
 
+@lru_cache(1 << 15)  # a tag is on many pictures
 def plain(tag: str) -> str:
     """The one name of a tag: lower case, brackets bare, spaces for underscores except in emoticons."""
     name = name_of(tag)

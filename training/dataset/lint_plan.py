@@ -19,6 +19,7 @@ from .lint_captions import title
 from .lint_rules import Finding, Limits, finding
 from .model import Dataset, FilePicture, GraphPicture, listed, some
 
+PLACED_RULES = ("D021", "D022")  # that ask which buckets pictures are placed in
 COMPLEX = ("WEBP", "AVIF", "GIF")  # formats that other trainers may not read
 
 
@@ -26,12 +27,18 @@ def plan_findings(
     dataset: Dataset, limits: Limits, items: tuple[Item, ...], batch_size: int, style: bool, opaque: Mapping[str, bool]
 ) -> Iterator[Finding]:
     """Findings from headers and plan; ``opaque`` tells of pictures whose transparency has been looked at."""
-    yield from _numbers(dataset, limits, style)
-    yield from _files(dataset, limits, opaque)
-    yield from _sizes(dataset, limits, items)
-    yield from _buckets_cut(dataset, limits)
-    yield from _balance(dataset, limits, batch_size)
-    yield from _schedule(dataset, limits, batch_size, style)
+    if limits.on("D001", "D002", "D003"):
+        yield from _numbers(dataset, limits, style)
+    if limits.on("D010", "D011", "D012", "D020", "D031"):
+        yield from _files(dataset, limits, opaque)
+    if limits.on(*PLACED_RULES):
+        yield from _sizes(dataset, limits, items)
+    if limits.on("D023"):
+        yield from _buckets_cut(dataset, limits)
+    if limits.on("B001", "B002", "B003"):
+        yield from _balance(dataset, limits, batch_size)
+    if limits.on("R001"):
+        yield from _schedule(dataset, limits, batch_size, style)
 
 
 def members(dataset: Dataset, kind: str = "training") -> dict[int, list[str]]:
@@ -181,7 +188,7 @@ def number(value: Fraction) -> str:
 
 def _schedule(dataset: Dataset, limits: Limits, batch_size: int, style: bool) -> Iterator[Finding]:
     rows = [row for row in table(dataset) if row.kind == "training" and row.images]
-    if sum(row.presentations for row in rows) < 1 or not limits.on("R001"):
+    if sum(row.presentations for row in rows) < 1:
         return  # nothing to plan
     limit = limits.of("R001", "style" if style else "presentations")
     each = sum(row.presentations for row in rows) / sum(row.images for row in rows)

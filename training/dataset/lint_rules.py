@@ -16,7 +16,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .model import DatasetError, some
 
@@ -237,6 +237,10 @@ class Limits:
     def on(self, *rules: str) -> bool:
         """Whether any of these rules is checked."""
         return not self.off.issuperset(rules)
+
+    def only(self, rules: Iterable[str]) -> Limits:
+        """The same with all other rules switched off."""
+        return replace(self, off=self.off | RULES.keys() - {*map(rule_id, rules)})
 
 
 def rule_id(text: str) -> str:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import chain, zip_longest
 
-from .lint_captions import EXAMPLES, Caption, CaptionCheck, most_common
-from .lint_knowledge import TagKnowledge
+from .lint_captions import EXAMPLES, Caption, CaptionCheck, bare, most_common
+from .lint_knowledge import TagKnowledge, plain
 from .lint_rules import Finding, finding
 from .tag_text import canonical, tags
 
@@ -57,28 +58,39 @@ OF_ONE_FIGURE = tuple(  # where there are several, each may be true of another o
 
 def spelling_findings(check: CaptionCheck) -> Iterator[Finding]:
     """Findings about the tags of a caption among themselves."""
-    for rule in (_implied, _repeated, _mixed, _aliases, _contradictions, _typing, _unknown):
-        yield from rule(check)
+    for identity, rules in CHECKS.items():
+        for rule in rules if check.limits.on(identity) else ():
+            yield from rule(check)
 
 
 def implied_by(names: Sequence[str], knowledge: TagKnowledge) -> dict[str, str]:
     """Each tag that another one of the same caption implies, and that one."""
+    return _implied_among(names, lambda name: implications_of(name, knowledge))
+
+
+def _implied_among(names: Sequence[str], implications: Callable[[str], set[str]]) -> dict[str, str]:
     present = set(names)
     found: dict[str, str] = {}
     for name in names:
-        ends = {name.split(" ", count)[-1] for count in range(1, name.count(" ") + 1)}
-        if name in NOT_ITS_END or NO_IMPLICATION.fullmatch(name):
-            ends = set()
-        for other in (ends | knowledge.implied(name)) & present - {name}:
+        for other in implications(name) & present - {name}:
             found.setdefault(other, name)
     return found
 
 
+def implications_of(name: str, knowledge: TagKnowledge) -> set[str]:
+    """What one tag implies: its ends, and what the user's table says."""
+    ends = {name.split(" ", count)[-1] for count in range(1, name.count(" ") + 1)}
+    if name in NOT_ITS_END or NO_IMPLICATION.fullmatch(name):
+        ends = set()
+    return ends | knowledge.implied(name)
+
+
 def _implied(check: CaptionCheck) -> Iterator[Finding]:
     details, pairs = {}, Counter[str]()
+    implications = cache(lambda name: implications_of(name, check.knowledge))
     for caption in check.tagged:
         trigger = check.triggers[caption.sample.concept]
-        found = implied_by([name for name in caption.names if name != trigger], check.knowledge)
+        found = _implied_among([name for name in caption.names if name != trigger], implications)
         if found:
             details[caption.sample.id] = tuple(sorted(found))
             pairs.update(f"“{tag}” by “{by}”" for tag, by in sorted(found.items()))
@@ -98,9 +110,17 @@ def respelled(caption: Caption) -> str:
 
 
 def _repeated(check: CaptionCheck) -> Iterator[Finding]:
-    counts = {c.sample.id: [Counter(map(c.name, line)) for line in _written_lines(c)] for c in check.tagged}
-    repeated = {i: tuple(name for line in lines for name, n in line.items() if n > 1) for i, lines in counts.items()}
+    repeated = {c.sample.id: (*chain.from_iterable(map(_twice, _named_lines(c))),) for c in check.tagged}
     yield from _spelled({i: names for i, names in repeated.items() if names}, "with a tag twice")
+
+
+def _twice(names: list[str]) -> list[str]:
+    return [name for name, n in Counter(names).items() if n > 1] if len({*names}) < len(names) else []
+
+
+def _named_lines(caption: Caption) -> list[list[str]]:
+    lines = _written_lines(caption)
+    return [caption.names] if len(lines) == 1 else [[*map(caption.name, line)] for line in lines]
 
 
 def _written_lines(caption: Caption) -> list[list[str]]:
@@ -110,19 +130,24 @@ def _written_lines(caption: Caption) -> list[list[str]]:
 
 
 def _mixed(check: CaptionCheck) -> Iterator[Finding]:
+    written = {c.sample.id: {tag for line in c.lines for tag in line} for c in check.tagged}
     spellings: dict[str, set[str]] = defaultdict(set)
-    for caption in check.tagged:
-        for line in caption.lines:
-            for tag in line:
-                spellings[caption.name(tag)].add(caption.bare(tag).lower())
+    for weighted in (False, True):
+        for tag in {*chain.from_iterable(written[c.sample.id] for c in check.tagged if c.options.weighted == weighted)}:
+            spellings[plain(bare(tag, weighted))].add(bare(tag, weighted).lower())
     mixed = {name for name, spelled in spellings.items() if len(spelled) > 1}
     found = {}
-    for caption in check.tagged:
-        written = {tag for line in caption.lines for tag in line}
-        odd = sorted(tag for tag in written if mixed & {caption.name(tag)} - {caption.bare(tag).lower()})
+    for caption in check.tagged if mixed else ():
+        odd = sorted(tag for tag in written[caption.sample.id] if _is_odd(caption, tag, mixed))
         if odd and respelled(caption) != caption.sample.caption:
             found[caption.sample.id] = tuple(odd)
     yield from _spelled(found, "with a tag that is spelled otherwise elsewhere")
+
+
+def _is_odd(caption: Caption, tag: str, mixed: set[str]) -> bool:
+    """Whether a tag is written in several ways, and here not by its name."""
+    name = caption.name(tag)
+    return name in mixed and name != caption.bare(tag).lower()
 
 
 def _aliases(check: CaptionCheck) -> Iterator[Finding]:
@@ -139,7 +164,8 @@ def _spelled(found: dict[str, tuple[str, ...]], what: str) -> Iterator[Finding]:
 
 def _typing(check: CaptionCheck) -> Iterator[Finding]:
     limit = check.limits.of("T023")
-    counts = Counter(name for caption in check.tagged for name in set(caption.names))
+    counts = Counter(chain.from_iterable({*caption.names} for caption in check.tagged))
+    odd = {name for name, n in counts.items() if n == 1 and len(name) >= 5} - check.knowledge.counts.keys()
     near: dict[str, list[str]] = defaultdict(list)
     for name, count in counts.items():
         for part in _shortened(name) if count >= limit else ():
@@ -147,12 +173,11 @@ def _typing(check: CaptionCheck) -> Iterator[Finding]:
     details = {}
     for caption in check.tagged:
         meant = {}
-        for name in caption.names:
-            if counts[name] == 1 and len(name) >= 5 and name not in check.knowledge.counts:
-                candidates = {other for part in _shortened(name) for other in near.get(part, ())}
-                candidates = {other for other in candidates if one_letter_apart(name, other) and unlikely(name, other)}
-                if candidates:
-                    meant[name] = max(candidates, key=lambda other: (counts[other], other))
+        for name in odd.intersection(caption.names) if odd else ():
+            candidates = {other for part in _shortened(name) for other in near.get(part, ())}
+            candidates = {other for other in candidates if one_letter_apart(name, other) and unlikely(name, other)}
+            if candidates:
+                meant[name] = max(candidates, key=lambda other: (counts[other], other))
         if meant:
             details[caption.sample.id] = tuple(name + BECOMES + other for name, other in meant.items())
     if details:
@@ -228,3 +253,12 @@ def _with_nearest(name: str, known: TagKnowledge) -> str:
     candidates |= _shortened(name) | {head + tail[1] + tail[0] + tail[2:] for head, tail in pieces if len(tail) > 1}
     nearest = max(candidates & known.counts.keys(), key=lambda other: (known.counts[other], other), default=None)
     return f"“{name}” (did you mean “{nearest}”?)" if nearest else f"“{name}”"
+
+
+CHECKS = {
+    "T020": (_implied,),
+    "T021": (_repeated, _mixed, _aliases),
+    "T022": (_contradictions,),
+    "T023": (_typing,),
+    "T024": (_unknown,),
+}

@@ -34,15 +34,21 @@ ARTISTS = re.compile(r"(?:artist:|by |drawn by |art by |in the style of |@)(.+)"
 
 def caption_findings(check: CaptionCheck, count_tokens: Callable[[str], int] | None) -> Iterator[Finding]:
     """Findings about captions as a whole."""
-    yield from _texts(check)
-    if count_tokens is not None and check.limits.on("T012"):
+    on = check.limits.on
+    if on("T001"):
+        yield from _texts(check)
+    if on("T012") and count_tokens is not None:
         yield from _lengths(check, count_tokens)
-    yield from _outfits(check)
-    yield from _counts(check)
-    for index, captions in check.concepts.items():
-        for rule in (_trigger, _single, _everywhere, _figures, _artists):
+    if on("T004"):
+        yield from _outfits(check)
+    if on("T010", "T011"):
+        yield from _counts(check)
+    wanted = [rule for rule, ids in OF_CONCEPTS if on(*ids)]
+    for index, captions in check.concepts.items() if wanted else ():
+        for rule in wanted:
             yield from rule(check, index, captions)
-    yield from _sides(check)
+    if on("A001"):
+        yield from _sides(check)
 
 
 def _texts(check: CaptionCheck) -> Iterator[Finding]:
@@ -173,6 +179,18 @@ def _artists(check: CaptionCheck, index: int, captions: list[Caption]) -> Iterat
         if len(captions) >= FEW and share > limit:
             yield finding("T050", "warn", ids, concept=index, where=title(check.dataset, index), tag=f"“{artist}”",
                           share=share, limit=limit)  # fmt: skip
+
+
+OF_CONCEPTS = (
+    (_trigger, ("T002", "T003")),
+    (_single, ("T032",)),
+    (_everywhere, ("T031",)),
+    (_figures, ("T041",)),
+    (_artists, ("T050",)),
+)
+
+
+# -- of pictures that are mirrored
 
 
 def _sides(check: CaptionCheck) -> Iterator[Finding]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from functools import lru_cache
+from itertools import chain
 
 BARE_BRACKET = re.compile(r"(?<!\\)[()]")  # the host takes every bracket behind a backslash as read, even behind two
 ESCAPED_BRACKET = re.compile(r"\\+([()])")  # also escaped twice, as captions that went through JSON may be
@@ -21,8 +23,8 @@ NO_LETTER = re.compile(r"[\W_]")
 
 def tags(caption: str, separator: str = ",") -> list[str]:
     """The tags of a caption in order, without the empty ones."""
-    pieces = (piece.strip() for line in caption.split("\n") for piece in line.split(separator))
-    return [piece for piece in pieces if piece]
+    pieces = chain.from_iterable(line.split(separator) for line in caption.split("\n"))
+    return [*filter(None, map(str.strip, pieces))]
 
 
 def literal(text: str) -> str:
@@ -38,6 +40,7 @@ def unescaped(text: str) -> str:
     return ESCAPED_BRACKET.sub(r"\1", text)
 
 
+@lru_cache(1 << 15)  # a tag is on many pictures
 def name_of(tag: str) -> str:
     """What makes two tags the same: neither case nor escapes do."""
     return unescaped(tag).strip().lower()

@@ -64,6 +64,37 @@ def dataset(texts, *concepts, pictures=None, **options):
     return Dataset("set", concepts, tuple(samples))
 
 
+def as_found(findings):
+    return sorted(findings, key=lambda found: (found.rule, found.level, found.message))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.lists(st.sampled_from(
+        ["ohwx", "Ohwx", "black hair", "black_hair", "hair", "1girl", "solo", "2girls", "smiling", "smilng", "by x", "",
+         "day", "night", "left arm", "\ufeff", "a tall woman walks along the quiet beach"],
+        ), max_size=6).map(", ".join)),
+        min_size=1, max_size=12),
+    st.lists(st.sampled_from(sorted(RULES)), max_size=3), st.booleans(),
+)  # fmt: skip
+def test_some_rules_find_what_they_find_among_all(texts, rules, flip):
+    shapes = [picture(300 + 70 * number, 512, transparent=number % 3 == 0) for number in range(len(texts))]
+    images = ImageOptions(flip=flip)
+    found = dataset(texts, replace(CONCEPT, images=images), Concept("class", repeats=Fraction(30)), pictures=shapes)
+    everything = lint(found, count_tokens=len, batch_size=2)
+    assert as_found(lint(found, count_tokens=len, batch_size=2, rules=rules)) == as_found(
+        each for each in everything if each.rule in rules
+    )
+
+
+def test_a_rule_alone_is_quick():
+    """It was part of a check of everything, of seconds for so many."""
+    many = varied(5000)
+    start = time.process_time()
+    lint(many, rules=["T001"])
+    assert time.process_time() - start < 0.25
+
+
 def varied(count=30, **options):
     """A dataset that no caption rule has anything to say about."""
     words = ["arm chair", "blue sky", "rain", "market stall", "old bridge", "cup", "dancing", "hat", "umbrella", "book"]
