@@ -137,6 +137,11 @@ def _fixed(session: Session) -> dict[str, Tensor]:
 
 def save(session: Session, trainer: Trainer, complete: bool, on_the_way: bool = False) -> LoraModel:
     """Keep everything; ``on_the_way`` also keeps the LoRA of this step."""
+    with session.training.during("saving"):
+        return _save(session, trainer, complete, on_the_way)
+
+
+def _save(session: Session, trainer: Trainer, complete: bool, on_the_way: bool) -> LoraModel:
     run, settings, step = session.run, session.request.plan.run, trainer.step_number
     lora = looked_at(session, trainer)
     run.keep(lora)
@@ -198,13 +203,15 @@ def validate(session: Session, trainer: Trainer, examples: HostExamples) -> None
         batches = examples.validation()
         if not batches:
             return
-        losses = trainer.validation_losses(batches)
+        with session.training.during("validating"):
+            losses = trainer.validation_losses(batches)
         session.validation.append((trainer.step_number, losses))
         session.log.validation(trainer.step_number, losses)
         if session.request.plan.run.keep_best and session.best == trainer.step_number:
             session.run.keep(record.lora(session, trainer), "best")
     if session.stalled and not trainer.finished:
-        session.notes.append(f"ended early: {_stalled(session)}")
+        session.training.why = f"ended early: {_stalled(session)}"
+        session.notes.append(session.training.why)
 
 
 def _stalled(session: Session) -> str:

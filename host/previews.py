@@ -90,9 +90,9 @@ class Previews:
                 self._base = [self._pictures(self.model, self.clip, prompt) for prompt in self.settings.prompt_list]
             rows = [self._pictures(model, clip, prompt) for prompt in self.settings.prompt_list]
         sheet = side_by_side({"base": self._base, f"step {step}": rows})
-        folder = run.folder / "previews"
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / f"step-{step:06d}.png")
+        file = run.preview_file(step)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(file)
         return sheet
 
     def _pictures(self, model: Any, clip: Any, prompt: str) -> list[Image.Image]:

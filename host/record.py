@@ -32,6 +32,7 @@ from ..training.settings import Plan
 from .denoiser import prediction_of
 from .fingerprints import base_of
 from .identify import architecture
+from .live import Training
 from .previews import Previews
 from .runs import Run
 from .text_loan import LiveText, words_of
@@ -76,6 +77,7 @@ class Session:
     notes: list[str]
     recipe: dict[str, Any]
     log: Log
+    training: Training  # what the page knows of the run
     saved: Found | None = None  # what the run goes on from
     live: LiveText | None = None  # where something of the text is trained
     compute_dtype: Any = None  # where it is not the host's own choice

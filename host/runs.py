@@ -4,7 +4,7 @@ One folder per run name below ``output/lora_loom``:
 
 * ``<name>.safetensors``, the LoRA so far; ``<name>-step000500``, ``<name>-best`` and ``<name>-ema`` where wanted
 * ``state-<step>``, what the run goes on from (``training.runstate``)
-* ``log.jsonl``, ``tensorboard``, ``previews``
+* ``log.jsonl``, ``tensorboard``, ``previews``; ``past_runs`` finds those that have a log, ``Histories`` reads them
 
 LoRAs are written aside and moved into place, and before the state, so that a state never tells of a LoRA that is not
 there. ``Run.locked`` keeps a second trainer, in this process or another, from writing to the same folder.
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,17 +28,21 @@ from torch import Tensor
 
 from ..kernels.safetensors_io import LoraModel, save_tensors
 from ..training import runstate
+from ..training.history import History, history_of
+from ..training.logs import LOG, last_step, read_log
 
 IF_EXISTS = {
     "continue": "go on where that run stopped, or return its result when it is complete",
     "new": "start afresh under the next free name (name-2, name-3, …)",
     "error": "stop with an error",
 }
+HISTORIES_KEPT = 8  # half a megabyte each at most
 STATE = "state"  # what the states in a run folder are called
 LOCK = ".lock"
 _NAME = re.compile(r"[\w][\w .+-]{0,98}[\w]|[\w]", re.ASCII)
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10))}
 _UNFINISHED = re.compile(r"\..*\.part")
+_PREVIEW = re.compile(r"step-(\d{6,15})\.png")
 
 
 class RunError(ValueError):
@@ -94,6 +100,23 @@ class Run:
         """step → its LoRA, of those kept on the way."""
         pattern = re.compile(re.escape(self.name) + r"-step(\d{6,})\.safetensors")
         return {int(match[1]): path for path in self.folder.iterdir() if (match := pattern.fullmatch(path.name))}
+
+    def preview_file(self, step: int) -> Path:
+        """Where the pictures of a step are kept."""
+        return self.folder / "previews" / f"step-{step:06d}.png"
+
+    def previews(self) -> list[int]:
+        """The steps of which there are pictures."""
+        try:
+            names = os.listdir(self.folder / "previews")
+        except OSError:
+            return []
+        return sorted(int(match[1]) for name in names if (match := _PREVIEW.fullmatch(name)))
+
+    def described(self) -> dict[str, Any]:
+        """What a list of runs shows. Raises OSError where the log has gone."""
+        when = (self.folder / LOG).stat().st_mtime
+        return {"run": self.name, "step": last_step(self.folder), "time": when, "previews": len(self.previews())}
 
     def keep_state(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         runstate.write_state(self.folder, step, tensors, facts)
@@ -181,7 +204,7 @@ def open_run(name: str, if_exists: str) -> Run:
         raise RunError(f"run_name: {checked!r} is the name of the file beside the LoRA; choose another run_name")
     if if_exists not in IF_EXISTS:
         raise RunError(f"if_run_exists is {if_exists!r}, expected one of {', '.join(IF_EXISTS)}")
-    root = Path(folder_paths.get_output_directory()) / "lora_loom"
+    root = _root()
     run = Run(checked, root / checked)
     if not run.exists() or if_exists == "continue":
         return run
@@ -194,6 +217,44 @@ def open_run(name: str, if_exists: str) -> Run:
     while Run(f"{checked}-{number}", root / f"{checked}-{number}").exists():
         number += 1
     return Run(f"{checked}-{number}", root / f"{checked}-{number}")
+
+
+class Histories:
+    """What runs have measured, from their logs; of the last ones asked for it is kept until their logs change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, tuple[tuple[int, int, int], History]] = OrderedDict()
+
+    def of(self, run: Run) -> History:
+        """Raises OSError where the log has gone."""
+        status = (run.folder / LOG).stat()
+        state = status.st_ino, status.st_size, status.st_mtime_ns
+        with self._lock:  # also while reading: who asks for the same waits, and does not read it too
+            known = self._kept.pop(run.name, None)
+            history = known[1] if known is not None and known[0] == state else history_of(read_log(run.folder))
+            self._kept[run.name] = state, history
+            while len(self._kept) > HISTORIES_KEPT:
+                self._kept.popitem(last=False)
+        return history
+
+
+def past_runs() -> dict[str, Run]:
+    """The runs that have a log, by name, the last to be written to first."""
+    found = []
+    root = _root().resolve()
+    for path in root.iterdir() if root.is_dir() else ():
+        log = path / LOG
+        try:
+            if checked_name(path.name) == path.name and log.resolve().is_relative_to(root) and log.is_file():
+                found.append((log.stat().st_mtime, path.name))
+        except (RunError, OSError):  # not ours, or gone meanwhile
+            continue
+    return {name: Run(name, root / name) for _, name in sorted(found, reverse=True)}
+
+
+def _root() -> Path:
+    return Path(folder_paths.get_output_directory()) / "lora_loom"
 
 
 def checked_name(name: Any, option: str = "run_name") -> str:

@@ -25,19 +25,21 @@ from ..training.dataset.balancing import presentations_per_image
 from ..training.dataset.batches import TRAINED, BatchPlan
 from ..training.dataset.describe import notes as dataset_notes
 from ..training.embeddings import check_used, parse
+from ..training.history import history_of
 from ..training.learners import MODEL, Component, groups
-from ..training.logs import Log, check_tensorboard
+from ..training.logs import Log, check_tensorboard, read_log
 from ..training.loop import StepReport, Trainer, TrainingDivergedError
 from ..training.objective import check_objective
 from ..training.optimizers.make import check_saves
 from ..training.options import OptionError
 from ..training.starting import start_from
-from . import keeping, record
+from . import keeping, record, steering
 from .advice import advise
 from .denoiser import HostDenoiser, prediction_of, zero_terminal_note
 from .examples import HostExamples
 from .families import check_family
 from .layers import weight_reader
+from .live import TRAININGS, Training
 from .loan import Loan, borrow, undisturbed
 from .patched import trainable_clone
 from .precision import compute_dtype, host_dtype
@@ -59,6 +61,7 @@ class Result:
     losses: list[float]
     report: str
     finished: bool
+    training: Training  # as the page knows it
 
 
 def train(request: Request) -> Result:
@@ -67,12 +70,21 @@ def train(request: Request) -> Result:
     Raises ValueError subclasses for options and inputs that make no sense, before the first step; lets the host's
     interruption through after saving, unless the plan says to stop and keep.
     """
+    known = Training(request.run_name, request.node_id, request.previews is not None)
+    with TRAININGS.begun(known) as training:
+        result = _train(request, training)
+        if not result.finished:
+            training.end("stopped")
+    return result
+
+
+def _train(request: Request, training: Training) -> Result:
     _check_inputs(request)
     run = open_run(request.run_name, request.if_run_exists)
     with run.locked():
         check_family(request.model.model)
         patcher, notes = trainable_clone(request.model)
-        session = _prepare(request, run, patcher, notes)
+        session = _prepare(request, run, patcher, notes, training)
         plan = request.plan
         order = BatchPlan(request.dataset, plan.batch_size, plan.seed)
         session.notes.extend([*dataset_notes(request.dataset), *order.notes()])
@@ -80,6 +92,10 @@ def train(request: Request) -> Result:
         prediction = prediction_of(patcher.get_model_object("model_sampling"))
         advice = advise(patcher.model, prediction, plan, order, total, request.node_id)
         session.notes.extend(finding.line() for finding in advice)
+        if session.saved is not None:
+            since = session.saved.step
+            training.take_up(history_of(read_log(run.folder, since)), [at for at in run.previews() if at <= since])
+        training.begin(run, total, patcher.load_device)
         keeping.choose_schedule(session, total, order.batches_in(1) / plan.optimizer.gradient_accumulation)
         examples = HostExamples(request.dataset, order, patcher, request.clip, request.vae, plan, total, session.live)
         with torch.inference_mode(False):
@@ -94,7 +110,7 @@ def _check_inputs(request: Request) -> None:
     check_tensorboard(request.plan.run.tensorboard)
 
 
-def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> Session:
+def _prepare(request: Request, run: Run, patcher: Any, notes: list[str], training: Training) -> Session:
     plan, model = request.plan, patcher.model
     model_sampling = patcher.get_model_object("model_sampling")
     check_objective(plan.objective, prediction_of(model_sampling))
@@ -114,8 +130,9 @@ def _prepare(request: Request, run: Run, patcher: Any, notes: list[str]) -> Sess
             found = start_from(components, request.start_from, names)
             notes.extend(["start_from has no effect: the run goes on with its own weights"] if saved else found)
     notes.extend(warnings(adapter for component in components for adapter in component.adapters.values()))
-    log = Log(run.folder, saved.step if saved else 0, plan.run.tensorboard)
-    session = Session(request, run, patcher, names, components, notes, record.recipe(request), log, saved, live)
+    log = Log(run.folder, saved.step if saved else 0, plan.run.tensorboard, training.add)
+    made_of = record.recipe(request)
+    session = Session(request, run, patcher, names, components, notes, made_of, log, training, saved, live)
     session.compute_dtype = compute_dtype(plan.run.compute_dtype, patcher)
     keeping.check(session)
     return session
@@ -166,7 +183,7 @@ def _run(session: Session, examples: HostExamples, total: int) -> Result:
         if request.previews is not None and finished:
             _last_preview(session, trainer, progress, lora)
     session.notes.extend(examples.notes())
-    return Result(lora, trainer.losses, record.report(session, trainer), finished)
+    return Result(lora, trainer.losses, record.report(session, trainer), finished, session.training)
 
 
 def _over(session: Session, trainer: Trainer) -> bool:
@@ -193,7 +210,8 @@ def _train_to_the_end(session: Session, trainer: Trainer, examples: HostExamples
         if trainer.step_number == 0:
             raise
         kept = keeping.keep_lora_only(session, trainer)
-        session.notes.append(f"STOPPED EARLY, the last good weights are kept. {error} {kept}")
+        session.training.why = f"the last good weights are kept. {error}"
+        session.notes.append(f"STOPPED EARLY, {session.training.why} {kept}")
         return False
     except comfy.model_management.InterruptProcessingException:
         kept = keeping.keep_so_far(session, trainer)
@@ -201,7 +219,8 @@ def _train_to_the_end(session: Session, trainer: Trainer, examples: HostExamples
             progress.tell(f"stopped by you. {kept}", now=True)
             raise
         steps = f"{trainer.step_number} of {trainer.total_steps} steps"
-        session.notes.append(f"stopped by you after {steps}; {'queue again to go on' if trainer.intact else kept}")
+        session.training.why = f"stopped by you after {steps}"
+        session.notes.append(f"{session.training.why}; {'queue again to go on' if trainer.intact else kept}")
         return False
     except BaseException as error:  # out of memory and the like: what has been learned is not lost
         _tell(error, _kept_in_spite_of(error, session, trainer))
@@ -227,13 +246,15 @@ def _tell(error: BaseException, text: str) -> None:
 
 
 def _keeps_when_stopped(session: Session) -> bool:
-    return session.request.plan.run.on_cancel == "stop and keep"
+    return session.training.stopping or session.request.plan.run.on_cancel == "stop and keep"
 
 
 def _preview(session: Session, trainer: Trainer, progress: Progress, lora: LoraModel) -> None:
     assert session.request.previews is not None
-    sheet = session.request.previews(session.run, trainer.step_number, lora)
+    with session.training.during("previewing"):
+        sheet = session.request.previews(session.run, trainer.step_number, lora)
     progress.show(sheet)
+    session.training.previewed(trainer.step_number)
     session.log.picture(trainer.step_number, "preview", sheet)
 
 
@@ -257,11 +278,17 @@ def _make_ready(session: Session, trainer: Trainer, examples: HostExamples, prog
 
     def begin(count: int) -> Callable[[], None]:
         progress.tell(f"encoding {count} pictures and captions", now=True)
-        if trainer.step_number:  # the bar shows the training already
-            return lambda: None
-        return Progress(count, session.request.node_id).advance
+        # once there are steps, the bar shows the training already
+        bar = None if trainer.step_number else Progress(count, session.request.node_id)
 
-    with torch.inference_mode():
+        def advance() -> None:
+            steering.stop_if_asked(session, trainer)
+            if bar is not None:
+                bar.advance()
+
+        return advance
+
+    with torch.inference_mode(), session.training.during("preparing"):
         examples.prepare(trainer.step_number, begin)
 
 
@@ -311,6 +338,8 @@ def _train_until_break(session: Session, trainer: Trainer, examples: HostExample
             keeping.validate(session, trainer, examples)
         while not _over(session, trainer) and examples.ready(trainer.step_number):
             comfy.model_management.throw_exception_if_processing_interrupted()
+            if steering.heed(session, trainer):
+                return
             began = time.perf_counter()
             report = undisturbed(trainer.step)
             session.seconds.append(time.perf_counter() - began)
@@ -350,4 +379,3 @@ def _memory_required(session: Session, trainer: Trainer, examples: HostExamples,
 def _line(report: StepReport, total: int, seconds: float) -> str:
     pace = f"{1 / seconds:.2f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step"
     return f"step {report.step}/{total} · loss {report.loss:.4f} · lr {report.learning_rate:.2e} · {pace}"
-

@@ -61,6 +61,7 @@ class LoomLoRATrainer(io.ComfyNode):
             ),
             search_aliases=["train lora", "lora training", "fine-tune", "finetune", "dreambooth"],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # so that the host sends it again where it serves the node from its cache
             inputs=[
                 io.Model.Input("model", tooltip="What is trained on, as wired: with LoRAs applied and shifts set."),
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the captions. Needed."),
@@ -158,4 +159,5 @@ class LoomLoRATrainer(io.ComfyNode):
         if not result.finished:
             _early_ends[run_name] = _early_ends.get(run_name, 0) + 1
         trained_model, trained_clip, _ = apply_lora(model, clip, result.lora)
-        return io.NodeOutput(result.lora, trained_model, trained_clip, {"loss": result.losses}, result.report)
+        loss_map, shown = {"loss": result.losses}, {"loom_training": [result.training.for_ui()]}
+        return io.NodeOutput(result.lora, trained_model, trained_clip, loss_map, result.report, ui=shown)

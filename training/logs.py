@@ -4,6 +4,8 @@
   {"step", "validation": {time: loss}, "mean"} after each measurement; what is not a number is null
 * written after each step, so that a crash loses nothing; a run that goes on drops the lines of steps it will make again
 * nothing is written before the first step has been made
+* ``read_log``: the lines of a folder's log, one after the other, however long it is; what is no line is passed over
+* ``last_step``: how far a log has come, from its end alone
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -23,6 +25,7 @@ from .loop import BANDS, StepReport
 from .options import OptionError
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
+LONGEST = 1 << 16  # characters of a line that is looked at
 
 
 def check_tensorboard(wanted: bool) -> None:
@@ -40,10 +43,12 @@ def band_names() -> list[str]:
 
 
 class Log:
-    """Writes to ``folder`` from ``step`` on, while a ``with`` lasts."""
+    """Writes to ``folder`` from ``step`` on, while a ``with`` lasts; ``told`` is called with each line."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self.folder, self.step, self.tensorboard = folder, step, tensorboard
+    def __init__(
+        self, folder: Path, step: int, tensorboard: bool, told: Callable[[dict[str, Any]], object] = lambda line: None
+    ) -> None:
+        self.folder, self.step, self.tensorboard, self.told = folder, step, tensorboard, told
         self._file: TextIO | None = None
         self._board: Any = None
         self._held: list[dict[str, Any]] = []  # of before the first step
@@ -68,12 +73,12 @@ class Log:
             "bands": report.bands,
             "seconds": round(seconds, 4),
         }
-        self._put({"step": report.step, **numbers})
+        self._say({"step": report.step, **numbers})
 
     def validation(self, step: int, losses: Mapping[float, float]) -> None:
         """``losses`` of what is never trained on, by time."""
         mean = sum(losses.values()) / len(losses)
-        self._put({"step": step, "validation": {f"{time:g}": loss for time, loss in losses.items()}, "mean": mean})
+        self._say({"step": step, "validation": {f"{time:g}": loss for time, loss in losses.items()}, "mean": mean})
 
     def picture(self, step: int, name: str, picture: Any) -> None:
         """A preview, for TensorBoard alone."""
@@ -95,6 +100,10 @@ class Log:
         for line in held:
             self._put(line)
 
+    def _say(self, line: dict[str, Any]) -> None:
+        self._put(line)
+        self.told(line)
+
     def _put(self, line: dict[str, Any]) -> None:
         if self._file is None:
             self._held.append(line)
@@ -103,6 +112,40 @@ class Log:
         if self._board is not None:
             for name, value in _scalars(line):
                 self._board.add_scalar(name, value, line["step"])
+
+
+def read_log(folder: Path, last: float = math.inf) -> Iterator[dict[str, Any]]:
+    """The lines of the log in ``folder`` up to the step ``last``; none without a log."""
+    try:
+        file = open(folder / LOG, encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
+        return
+    with file:
+        while text := file.readline(LONGEST):
+            line = _read(text)
+            if line is not None and line["step"] <= last:
+                yield line
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last line of the log in ``folder``; 0 where there is none."""
+    try:
+        with open(folder / LOG, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST))
+            lines = file.read(LONGEST).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return 0
+    found = (line["step"] for line in map(_read, reversed(lines)) if line is not None)
+    return next(found, 0)
+
+
+def _read(text: str) -> dict[str, Any] | None:
+    """A line of the log; None for what is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def _cut(path: Path, first: int) -> None:
