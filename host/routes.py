@@ -1,4 +1,4 @@
-"""What the page may ask the server for. Reading only; nothing from a request reaches a path."""
+"""What the page may ask the server for; nothing from a request reaches a path."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def register() -> None:
     if instance is None:
         return
     from aiohttp import web
+
+    from . import block_routes, editor_routes, live_routes
+
+    live_routes.register(instance.routes, PREFIX)
+    editor_routes.register(instance.routes, PREFIX)
+    block_routes.register(instance.routes, PREFIX)
 
     @instance.routes.get(f"{PREFIX}/presets")
     async def all_presets(request: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..host import applied, lora_cache, loras
+from ..host import applied, block_routes, lora_cache, loras
 from ..host.apply import AUTO, ENGINES, Applied, Strengths, apply_lora
 from ..host.clocks import CLOCKS, RUN, Course
 from ..host.pictures import as_image, below
@@ -77,6 +77,11 @@ def preview(*pictures: Any) -> Any:
     if not found:
         return None
     return ui.PreviewImage(as_image(below(found)))
+
+
+def shown(picture: Any, blocks: dict[str, Any]) -> dict[str, Any]:
+    """What the page gets: the picture under the node, and which blocks the LoRA was put on."""
+    return blocks if picture is None else {**picture.as_dict(), **blocks}
 
 
 def picture_input() -> Any:
@@ -205,7 +210,9 @@ class LoomLoRALoaderAdvanced(io.ComfyNode):
         applied.log(loaded.name, found)
         facts = loaded.facts()
         text, image = applied.account(loaded.name, found, facts, model, strengths, picture)
-        return io.NodeOutput(new_model, new_clip, ", ".join(facts.words), text, ui=preview(image))
+        layers = applied.layer_adapters(found)
+        told = block_routes.remember(model, None if lora is not None else lora_name, layers)
+        return io.NodeOutput(new_model, new_clip, ", ".join(facts.words), text, ui=shown(preview(image), told))
 
 
 def _in_vain(strengths: Strengths, found: Applied, clip: Any, interpolation: str) -> list[str]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host import loras, pairs
+from ..host import block_routes, loras, pairs
 from ..host.apply import AUTO, Strengths
 from ..host.clocks import RUN
 from ..kernels.strengths.schedule import fixed, parse
-from .applying import clock_inputs, course, engine_input, picture_input, preview, strength
+from .applying import clock_inputs, course, engine_input, picture_input, preview, shown, strength
 from .compat import build
 from .sockets import CATEGORY, LORA_MODEL, explained
 
@@ -129,6 +129,7 @@ class LoomLoRAPair(io.ComfyNode):
         }
         choice = pairs.Choice(lora_name, partner, side, lora_high, lora_low)
         models = {pairs.HIGH: model_high, pairs.LOW: model_low}
-        done, new_clip, words, report, shown = pairs.apply_pair(models, clip, choice, strengths, engine, picture)
+        done, new_clip, words, report, pictures = pairs.apply_pair(models, clip, choice, strengths, engine, picture)
         both = done[pairs.HIGH], done[pairs.LOW]
-        return io.NodeOutput(*both, new_clip, ", ".join(words), report, ui=preview(*shown))
+        told = block_routes.remember(model_high, None if lora_high is not None else lora_name)
+        return io.NodeOutput(*both, new_clip, ", ".join(words), report, ui=shown(preview(*pictures), told))

@@ -26,13 +26,22 @@ _EXAMPLE = "unet=0.5, te1=0.3@1,0.6@6"
 
 def items_of(text: str) -> list[str]:
     """Items between commas, semicolons and line breaks; the points of a schedule stay with its first one."""
-    items: list[str] = []
-    for item in filter(None, map(str.strip, re.split(r"[\n,;]", text))):
-        if items and "=" not in item and "@" in item and "=" in items[-1]:
-            items[-1] += "," + item
-        else:
-            items.append(item)
-    return items
+    parts = (text[begin:end] for begin, end in spans_of(text))
+    return [",".join(filter(None, map(str.strip, re.split(r"[\n,;]", part)))) for part in parts]
+
+
+def spans_of(text: str) -> list[tuple[int, int]]:
+    """Where in the text the items begin and end."""
+    spans: list[tuple[int, int]] = []
+    for piece in re.finditer(r"[^\n,;]+", text):
+        item = piece.group().strip()
+        if not item:
+            continue
+        begin = text.index(item, piece.start())
+        if spans and "=" not in item and "@" in item and "=" in text[slice(*spans[-1])]:
+            begin = spans.pop()[0]
+        spans.append((begin, piece.start() + len(piece.group().rstrip())))
+    return spans
 
 
 def parse_components(text: str, name: str = "components", interpolation: str = "hold") -> dict[str, Schedule]:

@@ -204,12 +204,9 @@ def parse(text: str, name: str, interpolation: str = "hold") -> Schedule:
     """A schedule from text; ``interpolation`` where that says none. Raises ValueError that begins with ``name``."""
     if len(text) > MAX_LENGTH:
         raise ValueError(f"{name}: {len(text)} letters, expected at most {MAX_LENGTH}")
-    body = " ".join(text.split())
-    ending = _ENDING.search(body)
-    how, inset = (ending["how"], ending["inset"]) if ending else (None, None)
+    items, how, inset = written(text)
     if how and how.lower() not in INTERPOLATIONS:
         raise ValueError(f"{name}: {how!r} behind the points, expected {', '.join(INTERPOLATIONS)} or nothing")
-    items = [item.strip() for item in body[: ending.start() if ending else None].split(",")]
     if len(items) > MAX_POINTS:
         raise ValueError(f"{name}: {len(items)} points, expected at most {MAX_POINTS}")
     if len(items) == 1 and "@" not in items[0]:
@@ -225,6 +222,14 @@ def parse(text: str, name: str, interpolation: str = "hold") -> Schedule:
     if schedule.interpolation == "hold" and len(places) < len(points):
         raise ValueError(f"{name}: {_cut(text)!r} has two weights for one place; leave one of them out")
     return simplest(schedule)
+
+
+def written(text: str) -> tuple[list[str], str | None, str | None]:
+    """(the points as they are written, how to go from one to the next, how many steps less)."""
+    body = " ".join(text.split())
+    ending = _ENDING.search(body)
+    how, inset = (ending["how"], ending["inset"]) if ending else (None, None)
+    return [item.strip() for item in body[: ending.start() if ending else None].split(",")], how, inset
 
 
 def simplest(schedule: Schedule) -> Schedule:

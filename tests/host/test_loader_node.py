@@ -47,9 +47,9 @@ def test_a_file(folder):
     assert torch.equal(sampled(model, "sd15"), sampled(wanted, "sd15"))
     assert report.startswith(f"cat.safetensors: {len(applied.fused)} weights of the MODEL at 0.7 (fused: constant")
     assert "trigger words: my_cat (from" in report and "strongest blocks" in report
-    assert len(result.ui.as_dict()["images"]) == 1
+    assert len(result.ui["images"]) == 1
     plain = load(patcher, "cat.safetensors", 0.7, picture=False)
-    assert plain[4].ui is None and "strongest" not in plain[3]
+    assert "images" not in plain[4].ui and "strongest" not in plain[3]
 
 
 def test_blocks_components_and_steps(folder):
@@ -91,7 +91,7 @@ def test_schedules_of_blocks_are_drawn(folder):
     _, lora = lora_on(patcher)
     sizes = []
     for blocks in ("", "in=0@1,1@6"):
-        images = load(patcher, lora=LoraModel(lora), blocks=blocks)[4].ui.as_dict()["images"]
+        images = load(patcher, lora=LoraModel(lora), blocks=blocks)[4].ui["images"]
         place = folder_paths.get_temp_directory()
         with Image.open(f"{place}/{images[0]['subfolder']}/{images[0]['filename']}") as picture:
             sizes.append(picture.height)
