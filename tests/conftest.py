@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # the checkout's own `nodes/` would hide the host's `nodes.py`
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
-sys.path += [str(ROOT / folder) for folder in ("tests/host", "tests/kernels", "dev", "dev/demo_base")]
+sys.path += [str(ROOT / folder) for folder in ("tests/host", "tests/kernels", "dev", "dev/demo_base", "dev/examples")]
 
 
 def pytest_sessionfinish(session):

@@ -5,6 +5,7 @@ Without a Chromium these tests are skipped, which under continuous integration i
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,6 +18,7 @@ ARGUMENTS = [
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 ]
 START_MILLISECONDS = 120_000
+SHOTS = Path(__file__).resolve().parents[2] / "results" / "browser"  # not in the repository
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,14 @@ def drop(page):
 
     yield drag_and_let_go
     session.detach()
+
+
+@pytest.fixture
+def shot(host_page):
+    """shot(name): what the page shows, kept as a picture to be looked at."""
+
+    def keep(name):
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        host_page.screenshot(path=SHOTS / f"{name}.png")
+
+    return keep

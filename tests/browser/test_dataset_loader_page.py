@@ -178,7 +178,7 @@ def test_a_workflow_is_left_to_the_page(loader, drop, inputs, tmp_path):
 
 def test_a_saved_workflow_makes_room_for_the_line_and_does_not_hold_it(loader):
     saved = loader.evaluate(f"() => {LOADER}.serialize()")
-    assert len(saved["widgets_values"]) == len(loader.evaluate(VALUES)) - 1
+    assert len(saved["widgets_values"]) == len(loader.evaluate(VALUES)) - 2  # the line and the button
     loader.evaluate(f"(saved) => {LOADER}.configure(saved)", {**saved, "size": [300, 60]})
     loader.wait_for_function(INSIDE)
 
