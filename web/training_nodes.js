@@ -8,6 +8,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addAdvice } from "./advice.mjs";
+import { nodeOf } from "./graph.mjs";
 
 const TRAINER = "LoomLoRATrainer";
 const PARTS = {
@@ -41,16 +42,6 @@ app.registerExtension({
     node.loomAdvice = addAdvice(node, (change) => apply(node, change).catch(failed));
   },
 });
-
-/** The node that the server calls so: "7", or "3:7" inside the subgraph of node 3. */
-function nodeOf(id) {
-  let [node, graph] = [null, app.rootGraph ?? app.graph];
-  for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(part);
-    graph = node?.subgraph;
-  }
-  return node;
-}
 
 function partOf(node) {
   return Object.keys(PARTS).find((part) => PARTS[part] === node.comfyClass);
