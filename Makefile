@@ -9,7 +9,7 @@ RUN = "$(CURDIR)/.venv/bin/python"
 # that run the tests; each may take some gigabytes
 PROCESSES ?= 2
 
-.PHONY: setup test lint demo bench soak clean
+.PHONY: setup test browser lint demo bench soak clean
 
 setup:
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer with venv found: install one, or make PYTHON=..." >&2; exit 1; }
@@ -23,6 +23,11 @@ lint: setup
 test: lint
 	$(RUN) -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
 
+# the tests of the page alone; FRONTEND=latest or a version takes that page instead of the host's own
+browser: setup
+	@set -e; page=""; if [ -n "$(FRONTEND)" ]; then page="$$($(RUN) dev/frontend.py "$(FRONTEND)")"; fi; \
+	LOOM_FRONTEND="$$page" $(RUN) -m pytest tests/browser
+
 demo: setup
 	$(RUN) dev/demo.py
 
@@ -32,6 +37,8 @@ bench: setup
 	$(RUN) bench/data.py
 	$(RUN) bench/apply.py
 	$(RUN) bench/tools.py
+	$(RUN) bench/editor.py
+	$(RUN) bench/editor_server.py
 	$(RUN) bench/quality.py --steps 100 --grid 5
 
 soak: setup

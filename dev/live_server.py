@@ -219,6 +219,8 @@ def live_server(
         database = f"sqlite:///{(base / 'user' / 'loom.db').as_posix()}"
         command += ["--base-directory", str(base), "--database-url", database]
         command += ["--disable-auto-launch", *arguments]
+        if page := os.environ.get("LOOM_FRONTEND"):  # as dev/frontend.py prints it
+            command += ["--front-end-root", page]
         if os.environ.get("LOOM_TEST_DEVICE") != "cuda":
             command.append("--cpu")
         log = stack.enter_context((base / "server.log").open("w"))
