@@ -43,7 +43,7 @@ def block_and_step_weights():
             size=(360, 640),
             model=("base", "MODEL"),
             clip=("base", "CLIP"),
-            prompt=f"{SUBJECT} <lora:zorb:0.9:out=0.2@1,1@6>",
+            prompt=f"{SUBJECT} <lora:zorb:unet=0.9:out=0.2@1,1@6>",
         ),
         "tagged report": text_view(("tagged", "report"), "What acts how strongly", (360, 300)),
         **compared(("tagged", "model"), ("tagged", "conditioning"), negative, "By tags", "tags"),

@@ -106,7 +106,8 @@ def test_a_run_goes_on_where_the_example_left_it(examples_server):
     seen = [event for event in examples_server.follow(prompt) if event["type"] == "progress"]
     steps = [event["data"]["value"] for event in seen if event["data"]["max"] == trained + 2]
     assert steps and min(steps) >= trained, steps
-    assert {f"run: {first['inputs']['run_name']} (step {step})" for step in (80, 120)} <= sources(examples_server)
+    kept = {f"run: {first['inputs']['run_name']} ({what})" for what in ("step 40", "step 80", "ema")}
+    assert kept <= sources(examples_server)
 
 
 def sources(server) -> set[str]:
