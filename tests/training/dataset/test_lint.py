@@ -88,11 +88,14 @@ def test_some_rules_find_what_they_find_among_all(texts, rules, flip):
 
 
 def test_a_rule_alone_is_quick():
-    """It was part of a check of everything, of seconds for so many."""
-    many = varied(5000)
-    start = time.process_time()
-    lint(many, rules=["T001"])
-    assert time.process_time() - start < 0.25
+    """It was part of a check of everything."""
+
+    def seconds(many, **options):
+        start = time.process_time()
+        lint(many, **options)
+        return time.process_time() - start
+
+    assert 4 * seconds(varied(2000), rules=["T001"]) < seconds(varied(2000))
 
 
 def varied(count=30, **options):
