@@ -24,7 +24,7 @@ from ..kernels.peft_config import config_file
 from ..kernels.safetensors_io import LoraModel, load_tensors
 from ..kernels.sidecars import files_beside
 from .presets import block_presets
-from .runs import RunError, checked_name
+from .runs import RunError, checked_name, runs_root
 
 SUFFIX = ".safetensors"
 RUN = "run: "
@@ -73,7 +73,7 @@ def path_of(source: Any, option: str = "source") -> str:
 
 def _of_runs() -> dict[str, str]:
     """What each LoRA that a run keeps is called → its path, the newest runs first."""
-    root = Path(folder_paths.get_output_directory()) / "lora_loom"
+    root = runs_root()
     folders = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
     found = {}
     for folder in sorted(folders, key=lambda entry: entry.stat().st_mtime, reverse=True):

@@ -204,7 +204,7 @@ def open_run(name: str, if_exists: str) -> Run:
         raise RunError(f"run_name: {checked!r} is the name of the file beside the LoRA; choose another run_name")
     if if_exists not in IF_EXISTS:
         raise RunError(f"if_run_exists is {if_exists!r}, expected one of {', '.join(IF_EXISTS)}")
-    root = _root()
+    root = runs_root()
     run = Run(checked, root / checked)
     if not run.exists() or if_exists == "continue":
         return run
@@ -242,7 +242,7 @@ class Histories:
 def past_runs() -> dict[str, Run]:
     """The runs that have a log, by name, the last to be written to first."""
     found = []
-    root = _root().resolve()
+    root = runs_root().resolve()
     for path in root.iterdir() if root.is_dir() else ():
         log = path / LOG
         try:
@@ -253,7 +253,8 @@ def past_runs() -> dict[str, Run]:
     return {name: Run(name, root / name) for _, name in sorted(found, reverse=True)}
 
 
-def _root() -> Path:
+def runs_root() -> Path:
+    """Where the folders of all runs lie; not there before the first."""
     return Path(folder_paths.get_output_directory()) / "lora_loom"
 
 

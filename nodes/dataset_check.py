@@ -16,7 +16,7 @@ from ..training.dataset.lint import report as lint_report
 from ..training.dataset.lint_knowledge import read_knowledge
 from ..training.dataset.model import Dataset
 from .compat import build
-from .sockets import CATEGORY, LOOM_DATASET, chosen, dataset_outputs, explained, node_id
+from .sockets import CATEGORY, LOOM_DATASET, chosen, dataset_outputs, explained, node_id, table_widget
 
 CHECKS = {
     "quick": "headers and captions, also of thousands of images at once",
@@ -29,14 +29,6 @@ class LoomDatasetLint(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def table(name: str, tooltip: str):
-            return io.Combo.Input(
-                name,
-                options=[folders.NONE, *folders.list_tables()],
-                default=folders.NONE,
-                tooltip=f"{tooltip} A .csv file in the datasets folder.",
-            )
-
         return build(
             io.Schema,
             node_id="LoomDatasetLint",
@@ -68,8 +60,8 @@ class LoomDatasetLint(io.ComfyNode):
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=1024, tooltip="The trainer's batch size: it decides on buckets."
                 ),
-                table("tag_list", "Known tags: name, category, count, aliases."),
-                table("implications", "Tags that imply others: antecedent, consequent."),
+                table_widget("tag_list", "Known tags: name, category, count, aliases."),
+                table_widget("implications", "Tags that imply others: antecedent, consequent."),
             ],
             outputs=[
                 *dataset_outputs("Every finding with its cure, and what was fixed.", "fixed_dataset"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host import presets
+from ..host import folders, presets
 from ..training.options import Option, Settings, options_of
 from ..training.presets import PRESETS
 from .compat import build
@@ -107,6 +107,17 @@ def dataset_outputs(report: str, socket: str = "dataset") -> list:
         LOOM_DATASET.Output(socket, display_name="dataset", tooltip="The images and captions, to train on."),
         io.String.Output("report", display_name="report", tooltip=report),
     ]
+
+
+def table_widget(name: str, tooltip: str, **more: Any) -> Any:
+    """The choice of a table of tags, or none."""
+    return io.Combo.Input(
+        name,
+        options=[folders.NONE, *folders.list_tables()],
+        default=folders.NONE,
+        tooltip=f"{tooltip} A .csv file in the datasets folder.",
+        **more,
+    )
 
 
 def chosen(widget: str, value: Any, choices: Iterable[str]) -> Any:

@@ -14,7 +14,7 @@ from ..training.dataset.lint_knowledge import TagKnowledge, read_knowledge
 from ..training.dataset.model import Dataset, DatasetError, some
 from ..training.dataset.operations import Change, Known, Operation
 from .compat import build
-from .sockets import CATEGORY, LOOM_DATASET, chosen, dataset_outputs, explained, node_id
+from .sockets import CATEGORY, LOOM_DATASET, chosen, dataset_outputs, explained, node_id, table_widget
 
 IF_NOTHING_MATCHES = {
     "note": "a line that changes no image is named in the report",
@@ -52,13 +52,10 @@ class LoomTagEditor(io.ComfyNode):
                     optional=True,
                     tooltip=explained(IF_NOTHING_MATCHES),
                 ),
-                io.Combo.Input(
+                table_widget(
                     "implications",
-                    options=[folders.NONE, *folders.list_tables()],
-                    default=folders.NONE,
+                    "Tags that imply others, for add implied and remove implied: antecedent, consequent.",
                     optional=True,
-                    tooltip="Tags that imply others, for add implied and remove implied: antecedent, consequent. A "
-                    ".csv file in the datasets folder.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Counts tokens, for tokens: in a filter."),
             ],

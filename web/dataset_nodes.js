@@ -9,7 +9,9 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { filesOf, isDataset, isImage, itemsOf, plan } from "./dropped_files.mjs";
+import { after } from "./graph.mjs";
 import { addStatusLine } from "./status_line.mjs";
+import { tell } from "./toasts.mjs";
 
 const LOADER = "LoomDatasetLoader";
 const HINTS = {
@@ -78,16 +80,6 @@ function takeDrops(node, line) {
     event.preventDefault();
     event.stopPropagation();
   });
-}
-
-/** Let `then` run after the object's method of that name, with the same arguments. */
-function after(object, name, then) {
-  const before = object[name];
-  object[name] = function (...args) {
-    const result = before?.apply(this, args);
-    then(...args);
-    return result;
-  };
 }
 
 async function upload(items, show) {
@@ -163,8 +155,4 @@ function leftOut(names) {
   if (!names.length) return undefined;
   const some = names.slice(0, 5).join(", ") + (names.length > 5 ? ", …" : "");
   return `Left out, being hidden or neither pictures nor captions: ${names.length} (${some})`;
-}
-
-function tell(severity, summary, detail) {
-  app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 20_000 : 6_000 });
 }

@@ -1,5 +1,5 @@
 /**
- * Nodes of the graph as the server calls them.
+ * Nodes of the graph: as the server calls them, and what is done to them.
  */
 
 import { app } from "../../scripts/app.js";
@@ -12,4 +12,15 @@ export function nodeOf(id) {
     graph = node?.subgraph;
   }
   return node ?? null;
+}
+
+/** Let `then` run after the object's method of that name, with the same arguments. */
+export function after(object, name, then) {
+  if (!object) return;
+  const before = object[name];
+  object[name] = function (...args) {
+    const result = before?.apply(this, args);
+    then(...args);
+    return result;
+  };
 }

@@ -6,6 +6,7 @@
  */
 
 import { app } from "../../scripts/app.js";
+import { after } from "./graph.mjs";
 import { makeFrame } from "./weights/frame.mjs";
 import { makePanel } from "./weights/panel.mjs";
 
@@ -90,15 +91,4 @@ function addWeights(node) {
     panel.later();
   });
   panel.later();
-}
-
-/** Let `then` run after the object's method of that name, with the same arguments. */
-function after(object, name, then) {
-  if (!object) return;
-  const before = object[name];
-  object[name] = function (...args) {
-    const result = before?.apply(this, args);
-    then(...args);
-    return result;
-  };
 }

@@ -9,6 +9,7 @@
 import { app } from "../../scripts/app.js";
 import { bodyOf, OPENS, programOf } from "./editor/nodes.mjs";
 import { showSidebar } from "./editor/sidebar.mjs";
+import { tell } from "./toasts.mjs";
 
 const BUTTON = "Open editor"; // its name, as nodes drawn by Vue show it
 const PAUSE = 2000; // milliseconds
@@ -68,8 +69,4 @@ async function open(what) {
   } catch (error) {
     tell("error", "The editor could not be opened", error.message);
   }
-}
-
-function tell(severity, summary, detail) {
-  app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 20_000 : 6_000 });
 }

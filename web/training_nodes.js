@@ -9,6 +9,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addAdvice } from "./advice.mjs";
 import { nodeOf } from "./graph.mjs";
+import { tell } from "./toasts.mjs";
 
 const TRAINER = "LoomLoRATrainer";
 const PARTS = {
@@ -119,8 +120,4 @@ async function connect(trainer, part) {
     set(settings, PRESET, name);
   }
   return settings;
-}
-
-function tell(severity, summary, detail) {
-  app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 20_000 : 6_000 });
 }

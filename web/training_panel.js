@@ -10,8 +10,9 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { nodeOf } from "./graph.mjs";
-import { addStyle, el } from "./training/dom.mjs";
+import { after, nodeOf } from "./graph.mjs";
+import { addStyle } from "./styles.mjs";
+import { el, STYLE } from "./training/dom.mjs";
 import { makeTab } from "./training/list.mjs";
 import { makePanel } from "./training/panel.mjs";
 import { Trainings } from "./training/store.mjs";
@@ -61,7 +62,7 @@ app.registerExtension({
 
 /** The panel's place on a node: `node.loomTraining` shows a training by its key. */
 function addPanel(node) {
-  addStyle();
+  addStyle(STYLE);
   const hint = el("div", { className: "loom-run-idle", text: "the training is shown here" });
   const element = el("div", { className: "loom-run-place" }, hint);
   let [panel, height] = [null, LINE];
@@ -146,14 +147,4 @@ function open(key) {
   if (tab) return tab.choose(key);
   wanted = key;
   app.extensionManager.command.execute(TOGGLE);
-}
-
-/** Let `then` run after the object's method of that name, with the same arguments. */
-function after(object, name, then) {
-  const before = object[name];
-  object[name] = function (...args) {
-    const result = before?.apply(this, args);
-    then(...args);
-    return result;
-  };
 }

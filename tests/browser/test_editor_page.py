@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect
 
 from editor_client import Client, Dataset, listed_by, put
+from editor_panels import leave
 
 WAIT = 20_000  # milliseconds, on a busy machine
 MANY = 400
@@ -74,16 +75,7 @@ def editor(host_page, folders):
         return host_page
 
     yield opened
-    for _ in range(6):
-        if not host_page.locator(EDITOR).count():
-            break
-        keep = host_page.get_by_role("button", name="Keep it open")
-        if keep.count():
-            keep.click()
-        else:
-            host_page.keyboard.press("Escape")
-        host_page.wait_for_timeout(50)
-    expect(host_page.locator(EDITOR)).to_have_count(0)
+    leave(host_page, "Keep it open")
 
 
 def shown(page):

@@ -49,13 +49,14 @@ def open_from(page, node):
     page.locator(".loom-tile img.there").first.wait_for(timeout=WAIT)
 
 
-def leave(page):
+def leave(page, how="Discard the edits"):
+    """Close the window; ``how`` answers the question that unwritten edits raise."""
     for _ in range(8):
         if not page.locator(EDITOR).count():
             break
-        discard = page.get_by_role("button", name="Discard the edits")
-        if discard.count():
-            discard.click()
+        answer = page.get_by_role("button", name=how)
+        if answer.count():
+            answer.click()
         else:
             page.keyboard.press("Escape")
         page.wait_for_timeout(50)

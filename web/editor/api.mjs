@@ -1,5 +1,5 @@
 /**
- * The editor's routes, asked by the page.
+ * The pack's routes, asked by the page; those of the editor's pictures by name.
  *
  * - `get(path, query, signal)`, `post(path, body, signal)`: paths below /lora_loom; the answer as values
  * - the token that changes need is fetched once, and again when the server was started anew

@@ -5,6 +5,7 @@
  * - only the panel in sight asks the server for anything, once per change, and the others when they are shown
  */
 
+import { addStyle } from "../styles.mjs";
 import { bulkPanel } from "./bulk.mjs";
 import { captionPanel } from "./caption.mjs";
 import { make, moved, used } from "./dom.mjs";
@@ -25,8 +26,7 @@ const EVENTS = ["state", "rows", "selection", "cursor"];
  * with "add" to the field that adds tags, "tags", "bulk" with the id of a form, "findings", "write"
  */
 export function addPanels(column, store) {
-  const isStyled = document.querySelector(`link[href="${STYLES}"]`);
-  if (!isStyled) document.head.append(make("link", { rel: "stylesheet", href: STYLES }));
+  addStyle(STYLES);
   const panels = [captionPanel, tagPanel, bulkPanel, findingsPanel, writingPanel].map((panel) => panel(store));
   const tabs = panels.map(tabOf);
   const bar = make("div", { className: "loom-tabs", role: "tablist", "aria-label": "Panels" }, ...tabs);

@@ -6,6 +6,7 @@
  */
 
 import { nodeOf } from "../graph.mjs";
+import { addStyle } from "../styles.mjs";
 import { get } from "./api.mjs";
 import { button, make, many } from "./dom.mjs";
 import { bodyOf, isEditor, programOf } from "./nodes.mjs";
@@ -16,8 +17,7 @@ const NONE =
 
 /** `open(what)` opens the window. */
 export function showSidebar(element, open) {
-  const isStyled = document.querySelector(`link[href="${STYLES}"]`);
-  if (!isStyled) document.head.append(make("link", { rel: "stylesheet", href: STYLES }));
+  addStyle(STYLES);
   const list = make("div", { className: "loom-sidebar-list" });
   const search = make("input", {
     type: "search",

@@ -6,6 +6,7 @@
  * - who leaves a folder with unwritten edits is asked: write them, keep the dataset open, or discard them
  */
 
+import { addStyle } from "../styles.mjs";
 import { Bar } from "./bar.mjs";
 import { divided } from "./divider.mjs";
 import { later, make, many } from "./dom.mjs";
@@ -32,13 +33,11 @@ export async function openEditor(what) {
 }
 
 function styled() {
-  const selector = `link[href="${STYLES}"]`;
-  if (document.querySelector(selector)?.sheet) return null;
+  const link = addStyle(STYLES);
+  if (link.sheet) return null;
   return new Promise((resolve, reject) => {
-    const link = document.querySelector(selector) ?? make("link", { rel: "stylesheet", href: STYLES });
     link.addEventListener("load", resolve);
     link.addEventListener("error", () => reject(new Error("the server does not answer: is ComfyUI still running?")));
-    if (!link.isConnected) document.head.append(link);
   });
 }
 

@@ -2,10 +2,9 @@
  * Elements of the page, made in one call: el("button", { text: "Save", onclick: save }).
  *
  * - text goes in as text, never as markup; functions are listeners; `data` and `aria` are spread
- * - the stylesheet of the training panel is added to the page once
  */
 
-const STYLE = new URL("./panel.css", import.meta.url).href;
+export const STYLE = new URL("./panel.css", import.meta.url).href;
 
 export function el(tag, { text, data = {}, aria = {}, ...rest } = {}, ...children) {
   const element = document.createElement(tag);
@@ -24,9 +23,4 @@ export function el(tag, { text, data = {}, aria = {}, ...rest } = {}, ...childre
 /** Set what is told only where it differs: a page that redraws four times a second must not wake screen readers. */
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
-}
-
-export function addStyle() {
-  if (document.querySelector(`link[href="${STYLE}"]`)) return;
-  document.head.append(el("link", { rel: "stylesheet", href: STYLE }));
 }

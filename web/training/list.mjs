@@ -5,14 +5,15 @@
  * - arrow keys go through the list, Enter and a click choose
  */
 
-import { addStyle, el, say } from "./dom.mjs";
+import { addStyle } from "../styles.mjs";
+import { el, say, STYLE } from "./dom.mjs";
 import { ago, clock, count } from "./figures.mjs";
 import { makePanel } from "./panel.mjs";
 import { ENDED } from "./store.mjs";
 
 /** Fills `container`; returns {choose(key), dispose()}. */
 export function makeTab(trainings, container) {
-  addStyle();
+  addStyle(STYLE);
   const panel = makePanel(trainings);
   const list = el("nav", { className: "loom-run-list", aria: { label: "Trainings" } });
   const nothing = el("div", { className: "loom-run-nothing" });

@@ -9,7 +9,8 @@
 import { makeChart } from "./chart.mjs";
 import { makeButtons, makeLooks } from "./controls.mjs";
 import { secondsPerStep } from "./curves.mjs";
-import { addStyle, el, say } from "./dom.mjs";
+import { addStyle } from "../styles.mjs";
+import { el, say, STYLE } from "./dom.mjs";
 import { clock, count, duration, gigabytes, pace, short } from "./figures.mjs";
 import { makePreviews } from "./previews.mjs";
 import { ENDED } from "./store.mjs";
@@ -33,7 +34,7 @@ const STATES = {
 
 /** {element, key, show(key), dispose()}; `open` leads to the larger panel and stands on the compact one. */
 export function makePanel(trainings, { compact = false, open = null } = {}) {
-  addStyle();
+  addStyle(STYLE);
   const chart = makeChart();
   const looks = makeLooks();
   const buttons = makeButtons(trainings);

@@ -9,7 +9,7 @@ export const STEP = 0.05;
 export const FINE = 0.01;
 const MOST = 100; // what the parser takes
 const STILL = 3; // pixels that a click may move
-const STYLE = new URL("./weights.css", import.meta.url).href;
+export const STYLE = new URL("./weights.css", import.meta.url).href;
 
 export function make(tag, className, { text, ...rest } = {}, ...children) {
   const element = document.createElement(tag);
@@ -18,11 +18,6 @@ export function make(tag, className, { text, ...rest } = {}, ...children) {
   for (const [name, value] of Object.entries(rest)) element.setAttribute(name, value);
   element.append(...children);
   return element;
-}
-
-export function addStyle() {
-  if (document.querySelector(`link[href="${STYLE}"]`)) return;
-  document.head.append(make("link", "", { rel: "stylesheet", href: STYLE }));
 }
 
 /** A weight as it is written: three decimals at most. */

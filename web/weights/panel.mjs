@@ -6,10 +6,11 @@
  * - what bars and curve cannot show stays in the text, and is listed
  */
 
-import { readPresets, readTexts } from "./ask.mjs";
+import { post } from "../editor/api.mjs";
+import { addStyle } from "../styles.mjs";
 import { makeBars, rangeOf } from "./bars.mjs";
 import { makeCurve } from "./curve.mjs";
-import { addStyle, bounded, onKeys, shown } from "./dom.mjs";
+import { bounded, onKeys, shown, STYLE } from "./dom.mjs";
 import { cleared, schedule, solo, withoutWeight, withPreset, withWeight } from "./text.mjs";
 
 const PAUSE = 150; // milliseconds of quiet before the server is asked
@@ -26,7 +27,7 @@ const HINTS = {
  * listPresets()}.
  */
 export function makePanel(fields, frame) {
-  addStyle();
+  addStyle(STYLE);
   const view = { texts: {}, blocks: null, steps: null, number: 0 };
   let before = null; // the text that a solo replaced
   let range = null; // while a bar is dragged
@@ -126,7 +127,8 @@ export function makePanel(fields, frame) {
 
   async function listPresets() {
     try {
-      const { presets, error } = await readPresets(texts());
+      const { lora, layout } = texts();
+      const { presets, error } = await post("/blocks/presets", { lora, layout });
       if (error) throw new Error(error);
       frame.list(presets);
     } catch (error) {
@@ -208,7 +210,7 @@ export function makePanel(fields, frame) {
     const asked = texts();
     const number = ++view.number;
     try {
-      const found = await readTexts(asked);
+      const found = await post("/blocks", asked);
       if (number !== view.number) return;
       const now = texts();
       if (Object.keys(asked).some((name) => now[name] !== asked[name])) return later();
