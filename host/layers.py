@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels.adapter import Adapter
 from ..kernels.frozen import frozen_conv, frozen_linear, frozen_other
+from ..kernels.layers import is_linear
 from ..kernels.products import ConvGeometry
 from ..training.inplace import latest
 
@@ -75,8 +76,7 @@ class HostLayer:
     def __init__(self, module: Any, adapter: Adapter | None, gate: Any) -> None:
         self.module, self.adapter, self.gate = module, adapter, gate
         self.geometry = conv_geometry(module)
-        # the host's quantised linear is not a torch one
-        self.is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+        self.is_linear = is_linear(module)
         self.host_forward = module.forward
         self.had_own_forward = "forward" in module.__dict__
 

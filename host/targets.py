@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.blocks import block_map
+from ..kernels.layers import is_linear
 from ..kernels.names import NameTable, layer_shapes
 from ..kernels.strengths.layout import Layout
 from .layers import conv_geometry
@@ -38,11 +39,10 @@ def names_of(model: Any, clip: Any | None) -> NameTable:
 
 
 def layout_of(tree: nn.Module) -> Layout:
-    return _once(tree, "layout", lambda: Layout.of(tree))
+    return _once(tree, "layout", lambda: Layout(tuple(block_map(tree)), tuple(_shapes(tree))))
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """``product``: the weight of a linear layer or convolution; ``held_beside``: its module holds others that have
     parameters; ``cast``: the host casts it on use, where patches can act as well."""
 
@@ -50,13 +50,13 @@ class Parameter:
     held_beside: bool
     cast: bool
     shape: tuple[int, ...]
-    _module: ref[nn.Module]
-    _name: str
+    module: ref[nn.Module]
+    name: str
 
     @property
     def _value(self) -> Tensor | None:
-        module = self._module()
-        return None if module is None else module._parameters.get(self._name)
+        module = self.module()
+        return None if module is None else module._parameters.get(self.name)
 
     @property
     def kept(self) -> str:
@@ -84,17 +84,19 @@ def layer_of(key: str) -> str:
 
 def is_product(module: nn.Module) -> bool:
     """Whether a layer is linear or a convolution that a branch can hang on."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features") or conv_geometry(module) is not None
+    return is_linear(module) or conv_geometry(module) is not None
 
 
 def _parameters(tree: nn.Module) -> Iterator[tuple[str, Parameter]]:
     for path, module in tree.named_modules(remove_duplicate=False):
-        own = {name: value for name, value in module._parameters.items() if value is not None}
-        beside = bool(own) and any(True for child in module.children() for _ in child.parameters())
-        for name, value in own.items():
-            product, cast = name == "weight" and is_product(module), hasattr(module, f"{name}_function")
-            key = f"{path}.{name}" if path else name
-            yield key, Parameter(product, beside, cast, tuple(value.shape), ref(module), name)
+        if not module._parameters:
+            continue
+        here, beside = ref(module), any(True for child in module.children() for _ in child.parameters())
+        for name, value in module._parameters.items():
+            if value is not None:
+                product, cast = name == "weight" and is_product(module), hasattr(module, f"{name}_function")
+                key = f"{path}.{name}" if path else name
+                yield key, Parameter(product, beside, cast, tuple(value.shape), here, name)
 
 
 def _shapes(tree: nn.Module) -> dict[str, tuple[int, ...]]:

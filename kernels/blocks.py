@@ -13,6 +13,7 @@ architectures nobody has tabulated. Only names and sizes are read: models on the
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -58,17 +59,21 @@ def block_map(module_tree: nn.Module) -> list[Block]:
     root, prefix = diffusion_tree(module_tree)
     sizes = {prefix + name: parameter.numel() for name, parameter in root.named_parameters()}
     total = sum(sizes.values())
+    below: dict[str, list[str]] = defaultdict(list)  # module → its parameters
+    for name in sizes:
+        module = name
+        while module := module.rpartition(".")[0]:
+            below[module].append(name)
     blocks = []
     for path, stack in _stacks(root, prefix):
-        share = sum(size for name, size in sizes.items() if name.startswith(path + "."))
+        share = sum(sizes[name] for name in below.get(path, ()))
         if not share:
             continue
         group = path.removeprefix(MODEL_PREFIX)
         role = named_role(path) or ("trunk" if share >= AUXILIARY_SHARE * total else "aux")
         members = [(group, path)] if role == "mid" else [(f"{group}.{n}", f"{path}.{n}") for n, _ in _children(stack)]
         for identifier, member in members:
-            names = tuple(name for name in sizes if name.startswith(member + "."))
-            blocks.append(Block(identifier, group, role, (member,), names))
+            blocks.append(Block(identifier, group, role, (member,), tuple(below.get(member, ()))))
     return blocks
 
 

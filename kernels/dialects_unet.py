@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -57,15 +58,25 @@ def sd_unet_layout(layers: Iterable[str]) -> UNetLayout | None:
         return None
     if any("time_stack" in path for path in paths):  # video UNets have further layers without diffusers names
         return None
+    blocks: dict[str, set[str]] = defaultdict(set)  # stack → its members
+    for path in paths:
+        stack, transformer, rest = path.partition(".transformer_blocks.")
+        if not transformer:
+            stack, _, rest = path.partition(".")
+        blocks[stack].add(rest.partition(".")[0])
+
+    def depth(transformer: str) -> int:
+        return len(blocks.get(transformer, ()))
+
     resnets, depths_in = [0], []
-    for block in range(1, _count(paths, "input_blocks")):
+    for block in range(1, len(blocks["input_blocks"])):
         if f"input_blocks.{block}.0.op" in paths:
             resnets.append(0)
         else:
             resnets[-1] += 1
-            depths_in.append(_depth(paths, f"input_blocks.{block}.1"))
-    depths_out = tuple(_depth(paths, f"output_blocks.{block}.1") for block in range(_count(paths, "output_blocks")))
-    middle = _depth(paths, "middle_block.1") or (-1 if "middle_block.0.in_layers.0" in paths else -2)
+            depths_in.append(depth(f"input_blocks.{block}.1"))
+    depths_out = tuple(depth(f"output_blocks.{block}.1") for block in range(len(blocks["output_blocks"])))
+    middle = depth("middle_block.1") or (-1 if "middle_block.0.in_layers.0" in paths else -2)
     sdxl = "label_emb.0.0" in paths and depths_in[0] == 0
     return UNetLayout(tuple(resnets), tuple(depths_in), middle, depths_out, sdxl)
 
@@ -120,11 +131,3 @@ def _transformer(host: str, diffusers: str, depth: int) -> dict[str, str]:
     leaves = [*_TRANSFORMER, *(f"transformer_blocks.{n}.{leaf}" for n in range(depth) for leaf in _TRANSFORMER_BLOCK)]
     return {f"{host}.{leaf}": f"{diffusers}.{leaf}" for leaf in leaves}
 
-
-def _count(paths: set[str], stack: str) -> int:
-    return len({path.split(".")[1] for path in paths if path.startswith(stack + ".")})
-
-
-def _depth(paths: set[str], transformer: str) -> int:
-    start = f"{transformer}.transformer_blocks."
-    return len({path.removeprefix(start).partition(".")[0] for path in paths if path.startswith(start)})

@@ -112,10 +112,16 @@ def attention_blocks(blocks: Iterable[Block]) -> list[Block]:
     return [block for block, paths in layers.items() if any(kind_of(path) == "attention" for path in paths)]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer says how many features go in and out, as those of every library of quantised layers do."""
+    own = vars(module)  # asking a module for what it has not takes several times as long
+    return "in_features" in own and "out_features" in own or hasattr(type(module), "in_features")
+
+
 def _weight_of(module: Any) -> tuple[str, tuple[int, ...]] | None:
     if not hasattr(module, "weight"):
         return None
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+    if is_linear(module):
         return "linear", (module.out_features, module.in_features)
     if hasattr(module, "in_channels") and hasattr(module, "kernel_size") and hasattr(module, "groups"):
         if module.groups == 1 and not module.transposed:

@@ -17,7 +17,7 @@ host's paths without prefix, as Black Forest Labs write them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -26,6 +26,7 @@ from .dialects import Part, spelled
 from .dialects_text import TextNames, encoder_layers
 from .dialects_transformers import family_of
 from .dialects_unet import UNetLayout, diffusers_paths, diffusers_spellings, sd_unet_layout
+from .layers import is_linear
 
 DIALECTS = ("native", "kohya", "diffusers", "host", "bfl")
 _WRAPPER = "base_model.model."  # PEFT's own, before or after the name of the component
@@ -40,8 +41,7 @@ _FLAT = ("lora_unet__", "lora_unet_", "lora_prior_unet_", "lora_transformer_", "
 _COMPONENTS = ("text_conditioner.",)  # diffusers keeps these beside the transformer
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A layer, or a ``slice`` of its weight: (dimension, start, length).
 
     ``swapped``: the name stands for the rows with their two halves the other way round (diffusers wants the scale
@@ -193,14 +193,16 @@ def layer_shapes(module_tree: nn.Module) -> dict[str, tuple[int, ...]]:
     root, prefix = diffusion_tree(module_tree)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)  # not always a parameter
+        own, path = module._parameters, prefix + name  # named_parameters takes longer than all the rest
+        weight = own.get("weight")
+        if weight is None and not isinstance(module, nn.Sequential | nn.ModuleList):
+            weight = getattr(module, "weight", None)  # not always a parameter
         if weight is not None:
-            linear = hasattr(module, "in_features") and hasattr(module, "out_features")
-            shape = (module.out_features, module.in_features) if linear else tuple(weight.shape)
-            shapes[prefix + name] = shape
-        for key, value in (*module._parameters.items(), *module._buffers.items()):  # named_… take longer than the rest
-            if key != "weight" and value is not None:
-                shapes[prefix + ".".join(filter(None, (name, key)))] = tuple(value.shape)
+            shapes[path] = (module.out_features, module.in_features) if is_linear(module) else tuple(weight.shape)
+        for held in (own, module._buffers):
+            for key, value in held.items():
+                if key != "weight" and value is not None:
+                    shapes[f"{path}.{key}" if name else prefix + key] = tuple(value.shape)
     return shapes
 
 
@@ -216,7 +218,7 @@ def _of_unet(diffusers: Mapping[str, str], local: Mapping[str, Sequence[int]]) -
 
 
 def _respelled(parts: Sequence[Part]) -> list[Part]:
-    return [part._replace(name=name) for part in parts for name in diffusers_spellings(part.name)]
+    return [Part(name, part.rows, part.swapped) for part in parts for name in diffusers_spellings(part.name)]
 
 
 def _flattened(names: Mapping[str, Place]) -> dict[str, Place]:

@@ -17,7 +17,7 @@ from functools import cached_property
 from torch import nn
 
 from ..block_names import BASE
-from ..blocks import MODEL_PREFIX, Block, BlockIndex, block_map, diffusion_tree
+from ..blocks import MODEL_PREFIX, Block, BlockIndex, block_map
 from ..layers import kind_of
 from ..names import layer_shapes
 
@@ -68,8 +68,7 @@ class Layout:
     @classmethod
     def of(cls, module_tree: nn.Module) -> Layout:
         """Of a loaded model, or of its diffusion model alone."""
-        root, prefix = diffusion_tree(module_tree)
-        return cls(tuple(block_map(module_tree)), tuple(prefix + path for path in layer_shapes(root)))
+        return cls(tuple(block_map(module_tree)), tuple(layer_shapes(module_tree)))
 
     @cached_property
     def block_of(self) -> dict[str, str]:
