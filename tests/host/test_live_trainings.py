@@ -147,7 +147,7 @@ def test_a_long_run_keeps_its_peaks():
 
 def test_what_the_page_asks_changes_no_bit(plain, unhurried):
     """Paused, saved, looked at and continued, against a run that nobody touched."""
-    untouched, name, paused_for = run(plain, plan(length=12)), next(NAMES), 1.0
+    untouched, name, paused_for = run(plain, plan(length=12)), next(NAMES), 2.0
 
     def script(panel):
         panel.at(2)
@@ -162,11 +162,11 @@ def test_what_the_page_asks_changes_no_bit(plain, unhurried):
         busy, left = time.process_time(), panel.training.summary()["seconds_left"]
         time.sleep(paused_for)
         assert panel.training.summary()["step"] == at
-        assert time.process_time() - busy < paused_for / 4, "it waits without computing"
+        assert time.process_time() - busy < paused_for / 2, "it waits without computing"
         assert panel.training.summary()["seconds_left"] == left
         assert panel.ask("continue")["note"] == ""
         panel.at(at + 1)
-        assert panel.training.summary()["seconds_left"] < left + paused_for / 4
+        assert panel.training.summary()["seconds_left"] < left + paused_for / 2
         assert panel.ask("continue")["note"] == "it was not paused"
         assert panel.ask("preview")["step"] > at
 
