@@ -60,9 +60,11 @@ def test_half_precision_is_fused_and_can_be_branched(dtype):
 @pytest.mark.parametrize("kind", OFFERED)
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
 def test_the_hosts_quantised_layers(name, kind):
+    """Where the host rounds what comes into a layer as well, no more is lost with a LoRA than without."""
     patcher, dense = quantised(name, kind)
     adapters, lora = lora_on(dense, preset="attention+MLP", conv=False, size=0.05)
-    base = sampled(patcher, name)
+    base, before = sampled(patcher, name), sampled(dense, name)
+    noise = relative(base, before)
     with torch.no_grad():
         for path, adapter in adapters.items():
             weight = dense.model.get_submodule(path).weight
@@ -70,8 +72,7 @@ def test_the_hosts_quantised_layers(name, kind):
     wanted = sampled(dense, name)
     model, _, applied = apply_lora(patcher, None, lora, Strengths.of(0.5))
     assert len(applied.branched) == len(adapters) and not applied.fused
-    # inputs may be quantised as well: compared is what is left beside the effect itself
-    assert relative(sampled(model, name), wanted) <= 0.3 * relative(base, wanted)
+    assert relative(sampled(model, name), wanted) <= 1.1 * noise + 0.01 * relative(before, wanted)
     assert torch.equal(sampled(patcher, name), base)
 
 
