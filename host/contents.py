@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels.adapter import Adapter
 from ..training.caches import DiskCache, checksum, key_of
+from .fingerprints import unread
 from .fusing import OnUse
 
 DISK_BUDGET = 32 << 30  # bytes of the cache on disk; what was unused for longest goes first
@@ -63,7 +64,10 @@ def content_of_model(patcher: Any) -> str:
 
 def _weights(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     """The model's own weights, also while patched ones are in their place."""
+    ignored = unread(patcher.model)
     for name, tensor in patcher.model.state_dict().items():
+        if name.startswith(ignored):
+            continue
         backup = patcher.backup.get(name)
         yield from _flat(name, tensor if backup is None else backup.weight)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import comfy.weight_adapter
 import torch
+from comfy.sd1_clip import SDClipModel
+from comfy.sdxl_clip import SDXLClipModel
 from torch import Tensor, nn
 
 from ..kernels.adapter import Adapter
@@ -50,6 +52,18 @@ def weights(patcher: Any, network: nn.Module, prefix: str = "") -> str:
     return _digest(list(_originals(patcher, network, prefix)))
 
 
+def unread(network: nn.Module) -> tuple[str, ...]:
+    """What names begin with of weights whose output nobody reads: text projections of encoders used without them.
+
+    The files of SD1 and SDXL do not have them, and the host leaves in them what the memory held before.
+    """
+    encoders = {path: module for path, module in network.named_modules() if isinstance(module, SDClipModel)}
+    paths = [path for path, encoder in encoders.items() if not encoder.return_projected_pooled]
+    if isinstance(network, SDXLClipModel):
+        paths.append("clip_l")
+    return tuple(f"{path}.transformer.text_projection." for path in paths)
+
+
 def applied(patcher: Any) -> str:
     """The patches that a patcher puts on its weights, in their order, and LoRAs beside them; "" without any."""
     stack = stack_on(patcher)
@@ -62,11 +76,13 @@ def applied(patcher: Any) -> str:
 
 
 def _originals(patcher: Any, network: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    buffers = getattr(patcher, "backup_buffers", {})  # newer hosts
+    buffers, ignored = getattr(patcher, "backup_buffers", {}), unread(network)  # newer hosts have buffers
     for path, module in network.named_modules():
         saved = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for name, tensor in {**module._parameters, **saved}.items():
             key = f"{prefix}{path}{path and '.'}{name}"
+            if key.startswith(ignored):
+                continue
             if key in patcher.backup:
                 tensor = patcher.backup[key].weight
             elif key in patcher.hook_backup:

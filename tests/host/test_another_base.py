@@ -15,6 +15,7 @@ from comfy.model_sampling import V_PREDICTION, ModelSamplingDiscrete
 import test_quantised as quant
 import tiny
 from graph import clip_for, images, sampled, vae_for
+from lora_loom.host.contents import content_of_model
 from lora_loom.host.fingerprints import applied, base_of, sample, weights
 from lora_loom.host.loan import borrow
 from lora_loom.host.record import Request
@@ -211,6 +212,23 @@ def test_use_changes_nothing(family):
     management.unload_all_models()
     assert of(patcher) == before[0] == of(tiny.tiny(family))
     assert of(tiny.tiny(family, seed=1)) != before[0]
+
+
+@pytest.mark.parametrize("family, read", [("sd15", set()), ("sdxl", {"clip_g"})])
+def test_what_the_host_never_set_and_nobody_reads_does_not_count(family, read):
+    """Files of SD1 and SDXL have no text projection for CLIP-L: the host leaves there what the memory held."""
+    clip = clip_for(family)
+    found = {
+        name.partition(".")[0]: weight
+        for name, weight in clip.cond_stage_model.named_parameters()
+        if "text_projection" in name
+    }
+    assert len(found) == len(read) + 1
+    for encoder, weight in found.items():
+        before = weights(clip.patcher, clip.cond_stage_model), content_of_model(clip.patcher)
+        scaled(torch.nn.ParameterList([weight]))
+        after = weights(clip.patcher, clip.cond_stage_model), content_of_model(clip.patcher)
+        assert [one == other for one, other in zip(before, after, strict=True)] == [encoder not in read] * 2
 
 
 def test_a_lora_in_the_weights_is_not_taken_for_the_weights():
